@@ -1,0 +1,387 @@
+"""The one training loop. It knows no method by name.
+
+Semantics (every method spec relies on them):
+
+* Steps count from 0; an update runs when step % every == 0 and start <= step < stop.
+* The loss of an update is the sum of the returned scalars; names starting with "_" are logged only.
+* During an update only its roles require gradients and are in train mode. Gradients still flow
+  through the other networks to the student.
+* All updates of a step see the same micro-batches; only the second and later runs of an update
+  with `repeat` draw fresh ones.
+* Noise is a function of (seed, step, update, repeat, micro-batch, rank), so a resumed run needs no
+  random state and any step can be replayed alone.
+* A sample weighs 1 / global batch: expected gradients do not depend on accumulation or processes.
+
+Networks are not wrapped for data parallelism: after the last micro-batch, the gradients of each
+trained role are averaged over processes by one flat all-reduce. So partial passes (discriminator
+features), JVPs and plain attribute access work on any number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from diffdistill.checkpoint import Checkpoints
+from diffdistill.ema import Ema, EmaConfig, trainable
+from diffdistill.method import Batch, Method, Update
+from diffdistill.tracking import Tracker
+
+
+@dataclass
+class OptimConfig:
+    """AdamW of one role. None means: as in `optim.default`."""
+
+    lr: float | None = None
+    beta1: float | None = None
+    beta2: float | None = None
+    eps: float | None = None
+    weight_decay: float | None = None
+    clip: float | None = None  # global gradient norm
+    warmup: int | None = None  # updates of the role, linear from 0
+    decay: Literal["constant", "cosine", "linear"] | None = None  # to `final` of lr
+    final: float | None = None  # fraction of lr at the end of the decay
+
+
+DEFAULT_OPTIM = OptimConfig(
+    lr=1e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, clip=10.0, warmup=0,
+    decay="constant", final=0.0,
+)  # fmt: skip
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 1000  # engine steps; each runs every update that is due
+    batch_size: int = 64  # global, over processes and accumulation
+    micro_batch: int = 0  # per process; 0: batch_size / processes
+    seed: int = 0
+    max_skipped: int = 10  # non-finite updates of one role in a row before the run stops
+
+
+class Stream(Protocol):
+    """Micro-batches as a pure function of the step."""
+
+    def batch(self, step: int, draw: int, rows: range, batch_size: int) -> Batch:
+        """Rows `rows` of the global batch of this step; `draw` > 0 gives fresh ones."""
+        ...
+
+
+@dataclass
+class Every:
+    """A callback: fn(engine) before step 0, then after every `every` steps and at the end."""
+
+    every: int
+    fn: Callable[[Engine], None]
+    at_start: bool = True
+
+
+class NonFinite(RuntimeError):
+    """Too many non-finite updates in a row."""
+
+
+@dataclass
+class Role:
+    """A trained network with its optimizer."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    cfg: OptimConfig
+    params: list[nn.Parameter]
+    updates: int = 0
+    skipped: int = 0
+    skipped_in_row: int = 0
+    total: int = 1  # updates in the whole run, for lr decay
+    ema: dict[str, Ema] = field(default_factory=dict)
+
+
+def optim_of(role: str, optim: Mapping[str, OptimConfig]) -> OptimConfig:
+    """Settings of one role: its own, then `default`, then the package's defaults."""
+    layers = (optim.get(role), optim.get("default"), DEFAULT_OPTIM)
+    pick = lambda name: next(  # noqa: E731
+        v for layer in layers if layer is not None and (v := getattr(layer, name)) is not None
+    )
+    return OptimConfig(**{name: pick(name) for name in OptimConfig.__dataclass_fields__})
+
+
+def step_seed(*numbers: int) -> int:
+    """A 63-bit seed that is a function of the given integers."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class Engine:
+    """Runs a method. `roles` are the trained networks, already on the accelerator's device."""
+
+    def __init__(
+        self,
+        method: Method,
+        roles: Mapping[str, nn.Module],
+        stream: Stream,
+        *,
+        train: TrainConfig,
+        optim: Mapping[str, OptimConfig],
+        ema: Mapping[str, EmaConfig],
+        accelerator: Accelerator,
+        tracker: Tracker | None = None,
+        checkpoints: Checkpoints | None = None,
+        checkpoint_every: int = 0,
+        log_every: int = 10,
+    ):
+        self.method, self.stream, self.cfg, self.acc = method, stream, train, accelerator
+        self.tracker, self.checkpoints = tracker, checkpoints
+        self.checkpoint_every, self.log_every = checkpoint_every, log_every
+        self.updates = method.updates()
+        self.transitions = {t.at: t for t in method.transitions()}
+        self.step = 0
+        self.seconds = 0.0  # wall time of training steps, over restarts
+        self.preempted = False
+        self._check_names(roles, optim)
+        self.micro = self._micro_batch()
+        self.roles = {n: self._role(n, roles[n], optim, ema) for n in roles}
+        self._frozen_for: tuple[str, ...] | None = None
+
+    # ---- set-up -------------------------------------------------------------------------
+
+    def _check_names(self, roles: Mapping[str, nn.Module], optim: Mapping[str, OptimConfig]) -> None:
+        named = {r for u in self.updates for r in u.trains}
+        if not named <= set(roles):
+            raise ValueError(f"updates train {sorted(named - set(roles))}, roles are {sorted(roles)}")
+        if stray := set(optim) - {"default", *roles}:
+            raise ValueError(
+                f"optim has settings for {sorted(stray)}, but this method has the roles "
+                f"{sorted(roles)}. Remove them or use one of: default, {', '.join(sorted(roles))}"
+            )
+
+    def _micro_batch(self) -> int:
+        world, size = self.acc.num_processes, self.cfg.batch_size
+        micro = self.cfg.micro_batch or size // world
+        if size % (world * micro):
+            raise ValueError(
+                f"train.batch_size={size} is not a multiple of processes x micro_batch = "
+                f"{world} x {micro}. Change train.batch_size or train.micro_batch."
+            )
+        return micro
+
+    def _role(
+        self,
+        name: str,
+        module: nn.Module,
+        optim: Mapping[str, OptimConfig],
+        ema: Mapping[str, EmaConfig],
+    ) -> Role:
+        cfg = optim_of(name, optim)
+        params = [p for _, p in trainable(module)]
+        optimizer = torch.optim.AdamW(
+            params, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps,
+            weight_decay=cfg.weight_decay, fused=True,
+        )  # fmt: skip
+        if self.acc.num_processes > 1:
+            for tensor in (*params, *module.buffers()):
+                torch.distributed.broadcast(tensor.data, 0)
+        role = Role(module, optimizer, cfg, params)
+        role.total = max(1, sum(self._count(u) for u in self.updates if name in u.trains))
+        if name in self.method.students:
+            role.ema = {key: Ema(value, module) for key, value in ema.items()}
+        return role
+
+    def _count(self, update: Update) -> int:
+        stop = min(self.cfg.steps, update.stop if update.stop is not None else self.cfg.steps)
+        first = -(-update.start // update.every) * update.every
+        return max(0, -(-(stop - first) // update.every)) * update.repeat
+
+    # ---- the loop -----------------------------------------------------------------------
+
+    def fit(self, callbacks: tuple[Every, ...] = ()) -> None:
+        """Train from the newest complete checkpoint (if any) to `train.steps`."""
+        if self.checkpoints is not None:
+            self.checkpoints.resume(self)
+        if self.step == 0:
+            for callback in callbacks:
+                if callback.at_start:
+                    callback.fn(self)
+        previous = self._listen()
+        bar = tqdm(
+            total=self.cfg.steps, initial=self.step, unit="step", dynamic_ncols=True,
+            disable=None if self.acc.is_main_process else True, desc="train",
+        )  # fmt: skip
+        mean: dict[str, list[Tensor]] = {}
+        started, since = time.perf_counter(), self.step
+        try:
+            while self.step < self.cfg.steps and not self.preempted:
+                for name, value in self.train_step().items():
+                    mean.setdefault(name, []).append(value)
+                bar.update()
+                last = self.step == self.cfg.steps
+                if self.step % self.log_every == 0 or last:
+                    elapsed = time.perf_counter() - started
+                    self.seconds += elapsed
+                    self._log(mean, (self.step - since) / elapsed, bar)
+                    mean, since = {}, self.step
+                    started = time.perf_counter()
+                due = self.checkpoint_every and self.step % self.checkpoint_every == 0
+                calls = [c for c in callbacks if last or (c.every and self.step % c.every == 0)]
+                if due or last or self.preempted or calls:
+                    self.seconds += time.perf_counter() - started
+                    if self.checkpoints is not None and (due or last or self.preempted):
+                        self.checkpoints.save(self)
+                    for callback in calls:
+                        callback.fn(self)
+                    started = time.perf_counter()
+        finally:
+            bar.close()
+            if previous is not None:
+                signal.signal(signal.SIGTERM, previous)
+
+    def train_step(self) -> dict[str, Tensor]:
+        """One engine step: every update that is due. Returns detached, unreduced losses."""
+        if transition := self.transitions.get(self.step):
+            self._move(transition)
+        logs: dict[str, Tensor] = {}
+        shared = self._micro_batches(0)
+        for index, update in enumerate(self.updates):
+            if not self._due(update):
+                continue
+            self._unfreeze_only(update.trains)
+            for repeat in range(update.repeat):
+                batches = shared if repeat == 0 else self._micro_batches(repeat)
+                self._run(update, index, repeat, batches, logs)
+        self.step += 1
+        return logs
+
+    def _due(self, update: Update) -> bool:
+        return (
+            self.step % update.every == 0
+            and self.step >= update.start
+            and (update.stop is None or self.step < update.stop)
+        )
+
+    def _run(
+        self, update: Update, index: int, repeat: int, batches: list[Batch], logs: dict[str, Tensor]
+    ) -> None:
+        for k, batch in enumerate(batches):
+            rank = self.acc.process_index
+            torch.manual_seed(step_seed(self.cfg.seed, self.step, index, repeat, k, rank))
+            losses = update.loss(batch)
+            total = sum(v for n, v in losses.items() if not n.startswith("_"))
+            self.acc.backward(total / len(batches))
+            for name, value in losses.items():
+                key = f"{update.name}/{name.lstrip('_')}"
+                logs[key] = logs.get(key, 0) + value.detach() / (len(batches) * update.repeat)
+        for name in update.trains:
+            self._optimizer_step(name, logs)
+
+    def _optimizer_step(self, name: str, logs: dict[str, Tensor]) -> None:
+        role = self.roles[name]
+        self._average_gradients(role)
+        norm = torch.nn.utils.clip_grad_norm_(role.params, role.cfg.clip or math.inf)
+        logs[f"{name}/grad_norm"] = norm.detach()
+        if torch.isfinite(norm):
+            for group in role.optimizer.param_groups:
+                group["lr"] = self.lr(role)
+            role.optimizer.step()
+            for ema in role.ema.values():
+                ema.update(role.module, role.updates, self.cfg.batch_size)
+            role.updates += 1
+            role.skipped_in_row = 0
+        else:
+            role.skipped += 1
+            role.skipped_in_row += 1
+        role.optimizer.zero_grad(set_to_none=True)
+        if role.skipped_in_row >= self.cfg.max_skipped:
+            losses = {k: float(v) for k, v in logs.items()}
+            raise NonFinite(
+                f"{role.skipped_in_row} updates in a row of role {name!r} had non-finite gradients, "
+                f"the last at step {self.step}. Losses: {losses}. To reproduce: train.seed="
+                f"{self.cfg.seed}, resume from the last checkpoint, look at step {self.step}. "
+                f"Try a lower optim.{name}.lr or precision.dtype=fp32."
+            )
+
+    def _average_gradients(self, role: Role) -> None:
+        if self.acc.num_processes == 1:
+            return
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in role.params]
+        flat = torch.cat([g.reshape(-1) for g in grads])
+        torch.distributed.all_reduce(flat)
+        flat /= self.acc.num_processes
+        for p, g in zip(role.params, flat.split([g.numel() for g in grads]), strict=True):
+            p.grad = g.view_as(p)
+
+    def lr(self, role: Role) -> float:
+        """Learning rate of the next update: a pure function of the role's updates done."""
+        cfg, n = role.cfg, role.updates
+        warm = min(1.0, (n + 1) / cfg.warmup) if cfg.warmup else 1.0
+        done = min(1.0, n / role.total)
+        shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
+        return cfg.lr * warm * (cfg.final + (1 - cfg.final) * shape[cfg.decay])
+
+    def _micro_batches(self, draw: int) -> list[Batch]:
+        per_rank = self.cfg.batch_size // self.acc.num_processes
+        first = self.acc.process_index * per_rank
+        starts = range(first, first + per_rank, self.micro)
+        size = self.cfg.batch_size
+        return [self.stream.batch(self.step, draw, range(s, s + self.micro), size) for s in starts]
+
+    def _unfreeze_only(self, trains: tuple[str, ...]) -> None:
+        if trains == self._frozen_for:
+            return
+        for name, role in self.roles.items():
+            on = name in trains
+            role.module.train(on)
+            for p in role.params:
+                p.requires_grad_(on)
+        self._frozen_for = trains
+
+    @torch.no_grad()
+    def _move(self, transition) -> None:
+        source = self.method.teacher if transition.source == "teacher" else None
+        source = source if source is not None else self.roles[transition.source].module
+        target = self.roles[transition.to]
+        values = dict(source.named_parameters())
+        for name, p in trainable(target.module):
+            p.copy_(values[name])
+        if transition.reset_optimizer:
+            target.optimizer.state.clear()
+
+    # ---- reporting ----------------------------------------------------------------------
+
+    @property
+    def images(self) -> int:
+        return self.step * self.cfg.batch_size
+
+    def _log(self, mean: Mapping[str, list[Tensor]], rate: float, bar: tqdm) -> None:
+        row = {k: torch.stack([v.float() for v in vs]).mean() for k, vs in mean.items()}
+        if self.acc.num_processes > 1 and row:
+            stacked = self.acc.reduce(torch.stack(list(row.values())), "mean")
+            row = dict(zip(row, stacked, strict=True))
+        values = {k: float(v) for k, v in row.items()}
+        short = {k.split("/")[-1]: f"{v:.3g}" for k, v in values.items() if "grad_norm" not in k}
+        bar.set_postfix(short | {"img/s": f"{rate * self.cfg.batch_size:.0f}"}, refresh=False)
+        for name, role in self.roles.items():
+            values[f"{name}/updates"] = role.updates
+            values[f"{name}/lr"] = self.lr(role)
+            if role.skipped:
+                values[f"{name}/skipped"] = role.skipped
+        values |= {"images": self.images, "images_per_s": rate * self.cfg.batch_size}
+        if self.tracker is not None:
+            self.tracker.log(self.step, values | {"seconds": self.seconds})
+
+    def _listen(self):
+        """SIGTERM (preemption): finish the step, save, return."""
+
+        def stop(_signal, _frame):
+            self.preempted = True
+
+        try:
+            return signal.signal(signal.SIGTERM, stop)
+        except ValueError:  # not in the main thread
+            return None

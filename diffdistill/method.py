@@ -1,0 +1,143 @@
+"""What a method is: a config, the roles it trains, and one loss per update.
+
+    class MyMethod(Method):
+        Config = MyConfig
+        def roles(self): return {"student": "teacher", "fake_score": "teacher"}
+        def updates(self): return (Update("fake_score", ("fake_score",), self.fake_loss), ...)
+
+The engine (`diffdistill.engine`) owns optimizers, devices, precision, EMA, logging, checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.schedules import Schedule, student_times
+
+Losses = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Stored teacher trajectories: start noise (unit variance), end point, condition."""
+
+    eps: Tensor
+    x: Tensor
+    cond: Cond
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. `x` is None for methods that see no images; `extra` is for worlds."""
+
+    size: int
+    shape: tuple[int, ...]  # of one sample
+    cond: Cond
+    x: Tensor | None = None
+    pair: Pair | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimisation of some roles. All semantics: `diffdistill.engine`."""
+
+    name: str  # prefix in logs: "fake_score/dsm"
+    trains: tuple[str, ...]  # roles whose parameters move
+    loss: Callable[[Batch], Losses]
+    every: int = 1  # runs when step % every == 0
+    repeat: int = 1  # times per step; from the second on, fresh micro-batches
+    start: int = 0  # first step at which it is active
+    stop: int | None = None  # first step at which it is not
+
+
+@dataclass(frozen=True)
+class Transition:
+    """At the start of step `at`, role `to` takes the weights of role `source` (or "teacher")."""
+
+    at: int
+    source: str
+    to: str
+    reset_optimizer: bool = True
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method needs, checked before anything is loaded."""
+
+    images: bool = False  # real images (or latents of them)
+    pairs: bool = False  # stored teacher trajectories
+    teacher: Literal["denoiser", "tokens"] = "denoiser"
+    features: bool = False  # a feature_layer for a discriminator
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How the student is called: x0 estimates at `times`, re-noised in between.
+
+    renoise "fresh": z = alpha x0 + sigma eps' with new noise (LCM, DMD2, consistency models).
+    renoise "ode": the implied noise is kept (DDIM).
+    """
+
+    times: tuple[float, ...]
+    renoise: Literal["fresh", "ode"] = "fresh"
+
+
+@dataclass
+class MethodConfig:
+    """Base of every method's config."""
+
+    def validate(self) -> None:
+        """Cross-field checks. Raises ValueError before anything is loaded."""
+
+
+RoleInit = str | Callable[[Denoiser], nn.Module]
+
+
+class Method:
+    """Base class. Subclasses define Config, roles, updates; nothing here is called by `super`."""
+
+    Config: ClassVar[type[MethodConfig]] = MethodConfig
+    paper: ClassVar[str] = ""  # "Title, arXiv id", for cards and lists
+    students: ClassVar[tuple[str, ...]] = ("student",)  # averaged and exported
+    cfg: Any
+    teacher: Denoiser
+    schedule: Schedule
+
+    def __init__(self, cfg: Any, teacher: Denoiser):
+        self.cfg, self.teacher, self.schedule = cfg, teacher, teacher.schedule
+        self._roles: dict[str, nn.Module] = {}
+
+    def attach(self, roles: Mapping[str, nn.Module]) -> None:
+        """Called once by the house: roles become attributes (`self.student`, ...)."""
+        self._roles = dict(roles)
+
+    def __getattr__(self, name: str) -> Any:
+        roles = self.__dict__.get("_roles", {})
+        if name in roles:
+            return roles[name]
+        raise AttributeError(f"{type(self).__name__} has no attribute or role {name!r}")
+
+    @classmethod
+    def needs(cls, cfg: Any) -> Needs:
+        return Needs()
+
+    def roles(self) -> dict[str, RoleInit]:
+        """role -> "teacher" (a trainable copy), or a function of the teacher that builds it."""
+        return {"student": "teacher"}
+
+    def updates(self) -> tuple[Update, ...]:
+        raise NotImplementedError(f"{type(self).__name__} defines no updates()")
+
+    def transitions(self) -> tuple[Transition, ...]:
+        """Weights that move between roles at given steps (stages, phases)."""
+        return ()
+
+    def sampler(self) -> Sampler:
+        """How the student samples; `student_steps` of the config at the usual times."""
+        return Sampler(student_times(self.schedule, getattr(self.cfg, "student_steps", 1)))

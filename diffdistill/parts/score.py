@@ -1,0 +1,54 @@
+"""Score matching and distribution matching, shared by every score-distillation method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.schedules import Schedule, add_noise, bcast
+
+Denoise = Callable[[Tensor, Tensor, Cond], Tensor]
+
+
+def dsm(denoiser: Denoiser, x: Tensor, eps: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    """Denoising score matching with the weight that trained the network (DMD, Sec. 3.2).
+
+    mean over batch and elements of w(t) |D(alpha x + sigma eps, t) - x|^2; x is detached.
+    """
+    x = x.detach()
+    z = add_noise(denoiser.schedule, x, eps, t)
+    weight = bcast(denoiser.loss_weight(t), x)
+    return (weight * (denoiser(z, t, cond) - x).square()).mean()
+
+
+def vsd_surrogate(x: Tensor, x0_teacher: Tensor, x0_fake: Tensor) -> Tensor:
+    """A loss whose gradient in x is the normalised matching direction v / numel.
+
+    v = (x0_fake - x0_teacher) / mean |x - x0_teacher|, the mean per sample (DMD, Eq. 7 and 8;
+    like all released code without the paper's extra alpha_t, see docs of `methods/dmd.py`).
+    """
+    v = matching_direction(x, x0_teacher, x0_fake)
+    return 0.5 * (x - (x - v).detach()).square().mean()
+
+
+@torch.no_grad()
+def matching_direction(x: Tensor, x0_teacher: Tensor, x0_fake: Tensor) -> Tensor:
+    """v of `vsd_surrogate`; gradient descent moves x along -v. Shape of x, float32."""
+    dims = tuple(range(1, x.ndim))
+    scale = (x - x0_teacher).abs().mean(dims, keepdim=True).clamp_min(1e-6)
+    return (x0_fake - x0_teacher) / scale
+
+
+def uniform_times(schedule: Schedule, like: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """Times drawn uniformly from the schedule's grid, by index, in [low, high] of its range.
+
+    float64 [B]. For 1000 levels, low 0.02 and high 0.98 give the indices 20 .. 980 (DMD).
+    """
+    grid = schedule.grid()
+    n = len(grid)
+    first, last = round(low * n), min(round(high * n), n - 1)
+    index = torch.randint(first, last + 1, (len(like),), device=like.device)
+    return grid.to(like.device)[index]

@@ -1,0 +1,2 @@
+if __name__ != "diffdistill.methods":
+    raise ImportError("import this folder as diffdistill.methods, not as methods")
