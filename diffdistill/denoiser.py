@@ -14,6 +14,7 @@ eps network divides by alpha = 0.068 at the last step of Stable Diffusion).
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -57,6 +58,7 @@ class Denoiser(nn.Module):
 
     Args:
         net: called as net(z, t, **cond); returns what `prediction` says, shape of z.
+        shape: of one sample, without the batch dimension.
         null_cond: one unconditional sample of `cond` (leading dimension 1), for guidance.
         feature_layer: name of the sub-module of `net` whose output discriminators read.
         sigma_data: data std of EDM's loss weight; only for x0 networks.
@@ -70,6 +72,7 @@ class Denoiser(nn.Module):
         schedule: Schedule,
         prediction: Prediction = "x0",
         *,
+        shape: tuple[int, ...] = (),
         null_cond: Cond | None = None,
         feature_layer: str | None = None,
         sigma_data: float | None = None,
@@ -80,10 +83,20 @@ class Denoiser(nn.Module):
         self.net = net
         self.schedule = schedule
         self.prediction = prediction
+        self.shape = tuple(shape)
         self.feature_layer = feature_layer
         self.sigma_data = sigma_data
         self.null = dict(null_cond or {})
         self.runtime = Runtime()
+        self.passes = 0  # network evaluations so far, in samples
+        self.decode: Callable[[Tensor], Tensor] | None = None  # latents -> images, if latent
+
+    def clone(self, net: nn.Module | None = None) -> Denoiser:
+        """The same interface around a copy of the network, or around another network."""
+        other = copy.copy(self)
+        other._modules = dict(self._modules)
+        other.net = copy.deepcopy(self.net) if net is None else net
+        return other
 
     def forward(self, z: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """Clean estimate, float32, shape of z. t: float64 [B]."""
@@ -145,6 +158,7 @@ class Denoiser(nn.Module):
         }
 
     def _call(self, z: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
+        self.passes += len(z)
         if self.runtime.channels_last and z.ndim == 4:
             z = z.contiguous(memory_format=torch.channels_last)
         with self.runtime.context(z.device):

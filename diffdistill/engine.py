@@ -271,6 +271,8 @@ class Engine:
         for k, batch in enumerate(batches):
             rank = self.acc.process_index
             torch.manual_seed(step_seed(self.cfg.seed, self.step, index, repeat, k, rank))
+            if batch.shared is not None:
+                batch.shared.manual_seed(step_seed(self.cfg.seed, self.step, index, repeat, k))
             losses = update.loss(batch)
             total = sum(v for n, v in losses.items() if not n.startswith("_"))
             self.acc.backward(total / len(batches))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond, Denoiser
@@ -41,6 +42,13 @@ class Batch:
     x: Tensor | None = None
     pair: Pair | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    device: torch.device | str = "cpu"
+    memo: dict[str, Tensor] = field(default_factory=dict)  # from one update of a step to the next
+    shared: torch.Generator | None = None  # random numbers that agree on all processes
+
+    def randint(self, n: int) -> int:
+        """An integer in [0, n), the same on every process."""
+        return int(torch.randint(n, (), generator=self.shared))
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ class Needs:
     """What a method needs, checked before anything is loaded."""
 
     images: bool = False  # real images (or latents of them)
-    pairs: bool = False  # stored teacher trajectories
+    pairs: int = 0  # stored teacher trajectories
     teacher: Literal["denoiser", "tokens"] = "denoiser"
     features: bool = False  # a feature_layer for a discriminator
 

@@ -173,7 +173,7 @@ def _place(wanted: list[tuple[str, str]], record: dict, rng: np.random.Generator
             return things
 
 
-def _inside(shape: str, x: Tensor, y: Tensor, r: Tensor) -> Tensor:
+def inside(shape: str, x: Tensor, y: Tensor, r: Tensor) -> Tensor:
     """Signed distance in pixels to the outline (about), positive inside, in the object's frame."""
     if shape == "circle":
         return 0.86 * r - torch.hypot(x, y)
@@ -233,7 +233,7 @@ def _paint(image: Tensor, shape: str, chosen: list[tuple[int, Thing]], gx: Tenso
     rgb = torch.tensor([t.rgb for _, t in chosen])[:, :, None, None]
     dx, dy = gx - p[:, 0], gy - p[:, 1]
     cos, sin = torch.cos(p[:, 3]), torch.sin(p[:, 3])
-    cover = (_inside(shape, cos * dx + sin * dy, cos * dy - sin * dx, p[:, 2]) + 0.5).clamp(0, 1)
+    cover = (inside(shape, cos * dx + sin * dy, cos * dy - sin * dx, p[:, 2]) + 0.5).clamp(0, 1)
     image[where] = torch.lerp(image[where], rgb.expand(-1, -1, SIZE, SIZE), cover[:, None])
 
 

@@ -74,6 +74,8 @@ class TensorStream:
             cond=self._look(self.cond, index),
             x=None if self.x is None else self._put(self.x[index]),
             pair=pair,
+            device=self.device,
+            shared=torch.Generator(),
         )
 
     def _look(self, cond: Mapping[str, Lookup], index: Tensor) -> Cond:

@@ -24,22 +24,20 @@ def dsm(denoiser: Denoiser, x: Tensor, eps: Tensor, t: Tensor, cond: Cond) -> Te
     return (weight * (denoiser(z, t, cond) - x).square()).mean()
 
 
-def vsd_surrogate(x: Tensor, x0_teacher: Tensor, x0_fake: Tensor) -> Tensor:
-    """A loss whose gradient in x is the normalised matching direction v / numel.
-
-    v = (x0_fake - x0_teacher) / mean |x - x0_teacher|, the mean per sample (DMD, Eq. 7 and 8;
-    like all released code without the paper's extra alpha_t, see docs of `methods/dmd.py`).
-    """
-    v = matching_direction(x, x0_teacher, x0_fake)
-    return 0.5 * (x - (x - v).detach()).square().mean()
-
-
 @torch.no_grad()
 def matching_direction(x: Tensor, x0_teacher: Tensor, x0_fake: Tensor) -> Tensor:
-    """v of `vsd_surrogate`; gradient descent moves x along -v. Shape of x, float32."""
+    """v = (x0_fake - x0_teacher) / mean |x - x0_teacher|, the mean per sample; descend along v.
+
+    DMD, Eq. 7 and 8. Eq. 8 has one more factor alpha_t than all released code; we follow the code.
+    """
     dims = tuple(range(1, x.ndim))
     scale = (x - x0_teacher).abs().mean(dims, keepdim=True).clamp_min(1e-6)
     return (x0_fake - x0_teacher) / scale
+
+
+def vsd_surrogate(x: Tensor, v: Tensor) -> Tensor:
+    """0.5 mean (x - sg[x - v])^2: a loss whose gradient in x is v / numel."""
+    return 0.5 * (x - (x - v).detach()).square().mean()
 
 
 def uniform_times(schedule: Schedule, like: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:

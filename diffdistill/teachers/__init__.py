@@ -1,0 +1,153 @@
+"""Load a teacher: an embedded name, a diffusers folder, a hub id, or a loaded pipeline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffdistill.denoiser import Cond, Denoiser
+
+INFO = "diffdistill.json"
+
+
+@dataclass
+class Teacher:
+    """A frozen teacher and what surrounds it.
+
+    Attributes:
+        family: "sd" (prompts), "edm" (class labels) or "module" (nothing but noise).
+        encode: prompts or labels -> condition tensors [N, ...].
+        to_x: uint8 images [N, C, H, W] -> what the denoiser calls x0.
+        to_images: x0 -> uint8 images.
+        info: contents of diffdistill.json: name, world, protocol, steps, guidance, ...
+    """
+
+    name: str
+    family: str
+    denoiser: Denoiser
+    encode: Callable[[Any], Cond]
+    to_x: Callable[[Tensor], Tensor]
+    to_images: Callable[[Tensor], Tensor]
+    pipe: Any = None
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def conditions(self) -> str:
+        """What its samples are conditioned on, in words."""
+        return {"sd": "prompts", "edm": "class labels"}.get(self.family, "nothing")
+
+
+def load_teacher(source: Any) -> Teacher:
+    """Embedded name, folder, hub id, loaded diffusers pipeline, or a `Denoiser`."""
+    if isinstance(source, Teacher):
+        return source
+    if isinstance(source, Denoiser):
+        return _module(source)
+    info: dict[str, Any] = {}
+    if isinstance(source, str | Path):
+        folder = resolve(str(source))
+        if (Path(folder) / INFO).is_file():
+            info = json.loads((Path(folder) / INFO).read_text())
+        pipe = _load_pipe(folder)
+    else:
+        pipe = source
+    info = {"name": str(source) if isinstance(source, str | Path) else type(pipe).__name__} | info
+    return _adapt(pipe, info)
+
+
+def resolve(name: str) -> str:
+    """Embedded name -> its folder; an existing folder or a hub id stays as it is."""
+    from diffdistill import assets
+
+    if Path(name).is_dir():
+        return name
+    if name in embedded():
+        return str(assets.path("teachers", name))
+    if name.count("/") == 1 and not name.startswith((".", "/")):
+        return name
+    from diffdistill.registry import unknown
+
+    raise ValueError(
+        unknown("teacher", name, embedded()) + ", a folder of a diffusers pipeline, or a hub id"
+    )
+
+
+def embedded() -> list[str]:
+    """Names of the teachers that ship with the package."""
+    from diffdistill import assets
+
+    folder = assets.path("teachers")
+    return sorted(p.name for p in folder.iterdir() if (p / "model_index.json").is_file())
+
+
+def _load_pipe(folder: str) -> Any:
+    from diffusers import DiffusionPipeline
+
+    index = Path(folder) / "model_index.json"
+    if Path(folder).is_dir() and not index.is_file():
+        raise ValueError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
+    if index.is_file() and json.loads(index.read_text())["_class_name"] == "EDMPipeline":
+        from diffdistill.pipelines.edm import EDMPipeline
+
+        return EDMPipeline.from_pretrained(folder)
+    return DiffusionPipeline.from_pretrained(folder)
+
+
+def _adapt(pipe: Any, info: dict[str, Any]) -> Teacher:
+    kind = type(pipe).__name__
+    if "StableDiffusion" in kind and hasattr(pipe, "unet") and not hasattr(pipe, "text_encoder_2"):
+        from diffdistill.teachers import sd
+
+        denoiser = sd.sd_denoiser(
+            pipe.unet,
+            pipe.scheduler.alphas_cumprod,
+            pipe.scheduler.config.prediction_type,
+            sd.encode_prompts(pipe, [""]),
+        )
+        denoiser.decode = lambda x: pipe.vae.decode(x / pipe.vae.config.scaling_factor).sample
+        teacher = Teacher(
+            info["name"], "sd", denoiser,
+            encode=lambda prompts: {"text": sd.encode_prompts(pipe, list(prompts))},
+            to_x=lambda images: sd.encode_images(pipe, images),
+            to_images=lambda x: sd.decode_latents(pipe, x),
+            pipe=pipe, info=info,
+        )  # fmt: skip
+    elif kind == "EDMPipeline":
+        from diffdistill.teachers import sd, unet
+
+        config = pipe.config
+        denoiser = unet.edm_denoiser(
+            pipe.unet, size=config.size, fold=config.fold, sigma_data=config.sigma_data
+        )
+        teacher = Teacher(
+            info["name"], "edm", denoiser,
+            encode=lambda labels: {"label": torch.as_tensor(labels).long()},
+            to_x=lambda images: images.float() / 127.5 - 1,
+            to_images=sd.to_uint8, pipe=pipe, info=info,
+        )  # fmt: skip
+    else:
+        raise ValueError(
+            f"no adapter for pipelines of class {kind}. Supported: StableDiffusionPipeline (1.x, 2.x), "
+            "EDMPipeline. Wrap another network as diffdistill.Denoiser(net, schedule=..., "
+            "prediction=...)."
+        )
+    for part in getattr(pipe, "components", {}).values():
+        if isinstance(part, torch.nn.Module):
+            part.eval().requires_grad_(False)
+    return teacher
+
+
+def _module(denoiser: Denoiser) -> Teacher:
+    if not denoiser.shape:
+        raise ValueError("a Denoiser used as a teacher needs its sample shape: Denoiser(..., shape=(C, H, W))")
+    denoiser.eval().requires_grad_(False)
+    return Teacher(
+        "module", "module", denoiser, encode=lambda _: {}, to_x=lambda x: x.float(),
+        to_images=lambda x: x, info={"name": "module"},
+    )  # fmt: skip

@@ -48,6 +48,7 @@ def edm_denoiser(unet: UNet2DModel, *, size: int, fold: int, sigma_data: float) 
         EDMNet(unet, size=size, fold=fold, sigma_data=sigma_data),
         EDM(),
         "x0",
+        shape=(unet.config.in_channels // fold**2, size, size),
         null_cond={"label": null},
         feature_layer="unet.mid_block",
         sigma_data=sigma_data,

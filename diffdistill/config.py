@@ -1,0 +1,337 @@
+"""What a run is made of: typed sections, merged by `compose` from yaml files and the command line.
+
+Later wins:
+
+    defaults of the dataclasses
+    configs/teacher/*.yaml, configs/data/*.yaml, configs/method/*.yaml    the parts
+    configs/recipe/*.yaml                                                 names the parts in `use`
+    key=value on the command line
+
+`teacher=NAME`, `data=NAME`, `method=NAME` and `recipe=NAME` pick a file; every other `key=value`
+sets a field. A part picked on the command line replaces what the recipe says about that part.
+`recipe=` also takes a path: a recipe of one's own, or the config.yaml of a run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from diffdistill import assets
+from diffdistill.ema import EmaConfig
+from diffdistill.engine import OptimConfig, TrainConfig
+from diffdistill.method import MethodConfig
+from diffdistill.registry import get_method, method_names, unknown
+from diffdistill.runtime import PrecisionConfig
+
+PARTS = ("teacher", "data", "method")
+_NOT_IN_NAME = ("run.", "log.", "checkpoint.", "evaluate.", "report", "threads")  # same student
+
+
+@dataclass
+class RunSection:
+    root: str = "./runs"
+    name: str | None = None  # folder under root; None: recipe + hash of the overrides
+
+    def validate(self) -> None:
+        if self.name is not None and not re.fullmatch(r"[\w.+-]*[\w+-]", self.name):
+            raise ValueError(
+                f"run.name is {self.name!r}. Allowed: one folder name of letters, digits and ._+- "
+                "(choose the folder above it with run.root)"
+            )
+
+
+@dataclass
+class TeacherConfig:
+    name: str = MISSING  # embedded name, folder, or hub id
+    guidance: float | None = None  # None: the teacher's own
+
+
+@dataclass
+class DataConfig:
+    name: str | None = None  # shapes, fashion, prompts, folder
+    size: int = 20_000  # images that are prepared
+    split: str = "train"
+    prompts: str | None = None  # text file, one prompt per line
+    folder: str | None = None  # image folder
+
+    def validate(self) -> None:
+        if self.prompts is not None and not Path(self.prompts).is_file():
+            raise ValueError(
+                f"prompt file {self.prompts!r} does not exist. Set data.prompts to a text file "
+                "with one prompt per line."
+            )
+        if self.folder is not None and not Path(self.folder).is_dir():
+            raise ValueError(
+                f"image folder {self.folder!r} does not exist. Set data.folder to a folder of "
+                "images."
+            )
+        for name, value in (("prompts", self.prompts), ("folder", self.folder)):
+            if self.name == name and value is None:
+                raise ValueError(f"data={name} needs data.{name}=PATH")
+
+
+@dataclass
+class StudentConfig:
+    lora_rank: int = 0  # 0: every parameter is trained
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 500  # steps; 0: only at the end
+    keep: int = 2  # newest ones
+
+
+@dataclass
+class LogConfig:
+    every: int = 20  # steps
+    samples_every: int = 500  # steps; 0: only at the start and at the end
+    wandb: bool = False
+
+
+@dataclass
+class EvaluateConfig:
+    at_end: bool = True
+    n: int | None = None  # samples; None: as the protocol says
+    every: int = 0  # steps; 0: never during training
+
+
+@dataclass
+class RunConfig:
+    run: RunSection = field(default_factory=RunSection)
+    method_name: str = MISSING  # chosen with method=NAME
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: dict[str, OptimConfig] = field(default_factory=dict)  # role, or "default"
+    ema: dict[str, EmaConfig] = field(default_factory=lambda: {"default": EmaConfig()})
+    student: StudentConfig = field(default_factory=StudentConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    report: bool = True
+    threads: int = 0  # torch's CPU threads; 0: cores / local processes
+
+    def validate(self) -> None:
+        """Everything that can be known before anything is loaded. Raises ValueError."""
+        for section in (self.run, self.data, self.method):
+            section.validate()
+        values = dict(leaves(asdict(self)))
+        for key, low in LOWEST.items():
+            _check(key, values[key], low=low)
+        for role in self.optim:
+            for name in ("lr", "eps"):
+                _check(f"optim.{role}.{name}", values[f"optim.{role}.{name}"], above=0)
+            for name in ("weight_decay", "clip", "warmup", "final"):
+                _check(f"optim.{role}.{name}", values[f"optim.{role}.{name}"], low=0)
+            for name in ("beta1", "beta2"):
+                _check(f"optim.{role}.{name}", values[f"optim.{role}.{name}"], low=0, below=1)
+        for key, ema in self.ema.items():
+            limits = {"decay": (0, None, 1), "halflife": (None, 0, None), "power": (0, None, None)}
+            low, above, below = limits[ema.kind]
+            _check(f"ema.{key}.value", ema.value, low=low, above=above, below=below)
+
+
+LOWEST = {
+    "teacher.guidance": 0, "data.size": 1, "train.steps": 1, "train.batch_size": 1,
+    "train.micro_batch": 0, "train.max_skipped": 1, "student.lora_rank": 0, "checkpoint.every": 0,
+    "checkpoint.keep": 1, "log.every": 1, "log.samples_every": 0, "evaluate.n": 2,
+    "evaluate.every": 0, "threads": 0,
+}  # fmt: skip
+
+
+def _check(
+    key: str,
+    value: float | None,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> None:
+    tests = (
+        (low, f"{low} or more", lambda v: v >= low),
+        (above, f"more than {above}", lambda v: v > above),
+        (below, f"less than {below}", lambda v: v < below),
+    )
+    used = [(words, holds) for limit, words, holds in tests if limit is not None]
+    if value is not None and not all(holds(value) for _, holds in used):
+        raise ValueError(f"{key} is {value}. Allowed: {', '.join(words for words, _ in used)}")
+
+
+# ---- files ------------------------------------------------------------------------------
+
+
+def folder(group: str) -> Path:
+    """Where the yaml files of a group are: teacher, data, method, recipe, teach."""
+    return Path(importlib.import_module("diffdistill.configs").__path__[0]) / group
+
+
+def names(group: str) -> list[str]:
+    """Names of the yaml files of a group."""
+    return sorted(p.stem for p in folder(group).glob("*.yaml"))
+
+
+def teacher_names() -> list[str]:
+    """Teachers that `teacher=NAME` knows."""
+    return sorted({*names("teacher"), *assets.names("teachers")})
+
+
+def _load(path: Path) -> dict:
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"cannot read {str(path)!r}: {reason}") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{str(path)!r} holds a {type(loaded).__name__}. Give `key: value` lines")
+    return loaded
+
+
+def _part(group: str, name: str) -> tuple[str, dict]:
+    """(source, values) of one part that was picked by name."""
+    if name in names(group):
+        return f"{group}/{name}.yaml", _load(folder(group) / f"{name}.yaml")
+    if group == "method":  # its yaml is optional; `get_method` knows if it exists
+        return f"method={name}", {}
+    if group == "teacher":
+        known = teacher_names()
+        if name in known or "/" in name or Path(name).expanduser().is_dir():
+            return f"teacher={name}", {"teacher": {"name": name}}
+        raise ValueError(unknown("teacher", name, known) + ", a folder, or a hub id OWNER/NAME")
+    raise ValueError(unknown(group, name, names(group)))
+
+
+def _recipe(name: str) -> tuple[str, dict]:
+    if name in names("recipe"):
+        return f"recipe/{name}.yaml", _load(folder("recipe") / f"{name}.yaml")
+    if "/" in name or name.endswith((".yaml", ".yml")):
+        return name, _load(Path(name).expanduser())
+    raise ValueError(unknown("recipe", name, names("recipe")) + ", or the path of a yaml file")
+
+
+# ---- compose ----------------------------------------------------------------------------
+
+
+def compose(argv: Sequence[str]) -> tuple[RunConfig, dict[str, str]]:
+    """`key=value` arguments -> (validated configuration, dotted key -> what set it)."""
+    picked, overrides = _split(argv)
+    source, recipe = _recipe(picked["recipe"]) if "recipe" in picked else ("", {})
+    use = recipe.pop("use", None) or {}
+    if not isinstance(use, dict) or (stray := set(use) - set(PARTS)):
+        what = sorted(stray) if isinstance(use, dict) else repr(use)
+        raise ValueError(f"`use` of {source} has {what}. Allowed: {', '.join(PARTS)}")
+    recipe_method = recipe.pop("method_name", use.get("method"))
+    for group in PARTS:
+        own = recipe_method if group == "method" else use.get(group)
+        if group in picked and picked[group] != own:
+            recipe.pop(group, None)
+    parts = {g: str(picked.get(g, use.get(g))) for g in PARTS if g in picked or g in use}
+    method = parts.get("method", recipe_method)
+    if method is None:
+        raise ValueError(
+            "no method is chosen. Give recipe=NAME or method=NAME. Recipes: "
+            f"{', '.join(names('recipe'))}. Methods: {', '.join(method_names())}"
+        )
+
+    node = OmegaConf.structured(RunConfig(method=get_method(method).Config()))
+    node.method_name = method
+    provenance = {"method_name": "command line" if "method" in picked else source}
+    layers = [_part(group, name) for group, name in parts.items()] + [(source, recipe)]
+    layers += [("command line", _override(k, v)) for k, v in overrides.items()]
+    for where, layer in layers:
+        node = _merge(node, layer, where)
+        provenance.update(dict.fromkeys((key for key, _ in leaves(layer)), where))
+    if OmegaConf.is_missing(node.teacher, "name"):
+        known = ", ".join(teacher_names())
+        raise ValueError(f"no teacher is chosen. Give teacher=NAME. Available: {known}")
+    cfg = _to_object(node)
+    _finish(cfg, picked, overrides, provenance)
+    cfg.validate()
+    return cfg, {key: provenance.get(key, "default") for key, _ in leaves(asdict(cfg))}
+
+
+def _split(argv: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+    picked: dict[str, str] = {}
+    overrides: dict[str, str] = {}
+    for argument in argv:
+        key, equals, value = argument.partition("=")
+        if not equals or not key or value == "???":
+            raise ValueError(f"cannot read {argument!r}. Give key=value, such as train.steps=2000")
+        if key == "method_name":
+            raise ValueError("method_name follows from the method. Give method=NAME")
+        (picked if key in (*PARTS, "recipe") else overrides)[key] = value
+    return picked, overrides
+
+
+def _override(key: str, value: str) -> dict:
+    if key in (f.name for f in fields(RunConfig) if f.name not in ("report", "threads")):
+        raise ValueError(f"{key} is a section. Set one of its fields: {key}.FIELD={value}")
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={value}"]))  # type: ignore
+    except yaml.YAMLError as error:
+        raise ValueError(f"cannot read the value of {key}={value}: not valid yaml") from error
+
+
+def _merge(node: DictConfig, layer: Mapping, where: str) -> DictConfig:
+    try:
+        return OmegaConf.merge(node, layer)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        message = f"{str(error).splitlines()[0]} ({where}: {error.full_key or ', '.join(layer)})"
+        if str(error).startswith("Key ") and is_dataclass(error.object_type):
+            message += f". Allowed: {', '.join(f.name for f in fields(error.object_type))}"
+        raise ValueError(message) from error
+
+
+def _to_object(node: DictConfig) -> RunConfig:
+    try:
+        if missing := sorted(OmegaConf.missing_keys(node)):
+            raise ValueError(f"no value is given for {missing[0]}. Set {missing[0]}=VALUE")
+        return OmegaConf.to_object(node)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{str(error).splitlines()[0]} ({error.full_key})") from error
+
+
+def _finish(cfg: RunConfig, picked: dict, overrides: dict, provenance: dict[str, str]) -> None:
+    """Values that follow from others: `~` in paths, and the name of the run."""
+    for section, key in ((cfg.run, "root"), (cfg.data, "prompts"), (cfg.data, "folder")):
+        if (value := getattr(section, key)) is not None:
+            setattr(section, key, str(Path(value).expanduser()))
+    if "run.name" in overrides:
+        return
+    name = cfg.run.name
+    if name is None:
+        name = f"{Path(cfg.method_name).stem}_{Path(cfg.teacher.name).name}"
+        name = Path(picked["recipe"]).stem if "recipe" in picked else name
+        name = re.sub(r"[^\w+-]+", "-", name).strip("-")
+    chosen = {k: v for k, v in (picked | overrides).items() if not k.startswith(_NOT_IN_NAME)}
+    chosen.pop("recipe", None)
+    if chosen:
+        name += "-" + hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:6]
+    cfg.run.name = name
+    provenance["run.name"] = "recipe and overrides"
+
+
+def leaves(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf; an empty section is a leaf."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def to_yaml(cfg: RunConfig) -> str:
+    """The text of a run's config.yaml; `compose(["recipe=PATH"])` reads it back."""
+    return yaml.safe_dump(json.loads(json.dumps(asdict(cfg))), sort_keys=False)

@@ -1,0 +1,182 @@
+"""A trained student as a diffusers folder: stock classes wherever they reproduce the sampler."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    LCMScheduler,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+
+from diffdistill.card import model_card
+from diffdistill.method import Sampler
+from diffdistill.pipelines.edm import EDMPipeline
+from diffdistill.pipelines.loading import INFO
+from diffdistill.pipelines.scheduler import FewStepScheduler
+
+SHARED = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
+    "prediction_type", "rescale_betas_zero_snr",
+)  # fmt: skip
+
+
+def export_student(
+    folder: str | Path,
+    *,
+    teacher_pipe: DiffusionPipeline,
+    family: Literal["sd", "edm"],
+    weights: UNet2DConditionModel | UNet2DModel,
+    sampler: Sampler,
+    info: Mapping[str, Any],
+) -> Path:
+    """Write the student beside its place, then rename; `folder` is never half a student.
+
+    Args:
+        weights: the student's network. One with LoRA adapters (`add_adapter`) is stored fused,
+            and as the adapter that `load_lora_weights` accepts.
+        info: what the card and diffdistill.json say beyond the sampler (teacher, method, ...).
+    """
+    folder = Path(folder)
+    lora = bool(getattr(weights, "peft_config", None))
+    net = _fused(weights) if lora else weights
+    if family == "sd":
+        scheduler = few_step_scheduler(teacher_pipe.scheduler, sampler)
+        parts = {**teacher_pipe.components, "unet": net, "scheduler": scheduler}
+        pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    elif family == "edm":
+        scheduler = FewStepScheduler(list(sampler.times), "edm", sampler.renoise)
+        c = teacher_pipe.config
+        pipe = EDMPipeline(
+            net, scheduler, size=c.size, fold=c.fold, sigma_data=c.sigma_data,
+            num_classes=c.num_classes,
+        )  # fmt: skip
+    else:
+        raise ValueError(f"family is {family!r}. Allowed: sd, edm")
+    full = {
+        "name": folder.resolve().name, "guidance": 0, **info, "kind": "student", "family": family,
+        "steps": len(sampler.times), "times": list(sampler.times), "renoise": sampler.renoise,
+    }  # fmt: skip
+    aside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    pipe.save_pretrained(aside)
+    if lora:
+        _save_adapter(weights, aside)
+    (aside / INFO).write_text(json.dumps(full, indent=1))
+    call, note = _call(full, scheduler)
+    (aside / "README.md").write_text(model_card(full, call, note=note, lora=lora))
+    _replace(folder, aside)
+    return folder
+
+
+def update_info(folder: str | Path, **changes: Any) -> None:
+    """Change diffdistill.json (metrics, say) of an exported student, and its card with it."""
+    folder = Path(folder)
+    info = json.loads((folder / INFO).read_text()) | changes
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    stock = config["_class_name"] == "LCMScheduler"
+    call, note = _call(info, LCMScheduler() if stock else FewStepScheduler())
+    lora = (folder / "pytorch_lora_weights.safetensors").is_file()
+    for name, text in (
+        (INFO, json.dumps(info, indent=1)),
+        ("README.md", model_card(info, call, note=note, lora=lora)),
+    ):
+        aside = folder / f".{name}.partial"
+        aside.write_text(text)
+        aside.replace(folder / name)
+
+
+def few_step_scheduler(teacher: SchedulerMixin, sampler: Sampler) -> SchedulerMixin:
+    """LCMScheduler where it takes exactly the sampler's steps, else our FewStepScheduler."""
+    stock = _lcm(teacher, sampler)
+    if stock is not None:
+        return stock
+    return FewStepScheduler(
+        list(sampler.times), "ddpm", sampler.renoise, teacher.config.prediction_type,
+        teacher.betas.tolist(),
+    )  # fmt: skip
+
+
+def _lcm(teacher: SchedulerMixin, sampler: Sampler) -> LCMScheduler | None:
+    steps = len(sampler.times)
+    if sampler.renoise != "fresh" and steps > 1:
+        return None
+    if teacher.config.beta_schedule not in ("linear", "scaled_linear", "squaredcos_cap_v2"):
+        return None
+    shared = {k: teacher.config[k] for k in SHARED if k in teacher.config}
+    stock = LCMScheduler(
+        **shared, original_inference_steps=steps, clip_sample=False, set_alpha_to_one=True,
+        timestep_scaling=1e3,  # c_skip < 1e-6 from t = 1 on: the denoised image is x0 itself
+    )  # fmt: skip
+    stock.set_timesteps(steps)
+    same_times = stock.timesteps.tolist() == list(sampler.times)
+    same_noise = torch.allclose(stock.alphas_cumprod, teacher.alphas_cumprod, rtol=1e-6, atol=0)
+    return stock if same_times and same_noise and sampler.times[-1] >= 1 else None
+
+
+def _call(info: Mapping[str, Any], scheduler: SchedulerMixin) -> tuple[str, str]:
+    """The python that samples the student, and what must be known about it."""
+    steps = info["steps"]
+    if info["family"] == "edm":
+        call = (
+            "from diffdistill.pipelines.edm import EDMPipeline\n\n"
+            'pipe = EDMPipeline.from_pretrained("FOLDER")\nimage = pipe(3).images[0]'
+        )
+        return call, "The argument is a class label. Other step counts are refused."
+    call = (
+        "from diffusers import StableDiffusionPipeline\n\n"
+        'pipe = StableDiffusionPipeline.from_pretrained("FOLDER")\n'
+        f'image = pipe("a photo of a red circle", num_inference_steps={steps}, guidance_scale=0)'
+        ".images[0]"
+    )
+    if isinstance(scheduler, LCMScheduler):
+        note = (
+            "Needs diffusers only. Always give both arguments: stock pipelines have defaults of "
+            f"their own, and the stock scheduler refuses only step counts above {steps}."
+        )
+        return call, note
+    times = [round(t) for t in info["times"]]
+    note = (
+        "No stock scheduler takes these steps, so diffdistill must be importable. Near equivalent "
+        "without it: `pipe.scheduler = LCMScheduler(...)` with the teacher's betas and "
+        f"`pipe(prompt, timesteps={times}, guidance_scale=0)`."
+    )
+    return call, note
+
+
+def _fused(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    unet = copy.deepcopy(unet)
+    unet.fuse_lora()
+    unet.unload_lora()
+    return unet
+
+
+def _save_adapter(unet: UNet2DConditionModel, folder: Path) -> None:
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    (name,) = unet.peft_config  # exactly one adapter: the student
+    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=name))
+    StableDiffusionPipeline.save_lora_weights(
+        folder, unet_lora_layers=state,
+        unet_lora_adapter_metadata=unet.peft_config[name].to_dict(),
+    )  # fmt: skip
+
+
+def _replace(folder: Path, aside: Path) -> None:
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    aside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

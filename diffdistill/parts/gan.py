@@ -1,0 +1,56 @@
+"""Discriminator head on denoiser features, and the non-saturating losses of DMD2."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffdistill.denoiser import Denoiser
+
+
+class Head(nn.Sequential):
+    """[B, C, h, w] -> logit [B, 1] (DMD2): strided convolutions to 4 x 4, then one logit."""
+
+    def __init__(self, channels: int, size: int):
+        layers: list[nn.Module] = []
+        while size > 4:
+            layers += [nn.Conv2d(channels, channels, 4, 2, 1), *_norm(channels)]
+            size = (size + 2 - 4) // 2 + 1
+        layers += [nn.Conv2d(channels, channels, size, size, 0), *_norm(channels)]
+        super().__init__(*layers, nn.Conv2d(channels, 1, 1), nn.Flatten())
+
+    def forward(self, feature: Tensor) -> Tensor:
+        return super().forward(feature.float())
+
+
+def _norm(channels: int) -> tuple[nn.Module, nn.Module]:
+    return nn.GroupNorm(math.gcd(32, channels), channels), nn.SiLU()
+
+
+@torch.no_grad()
+def gan_head(teacher: Denoiser) -> Head:
+    """A head that fits the features of this teacher (and of every copy of it)."""
+    device = next(teacher.parameters()).device
+    z = torch.zeros(2, *teacher.shape, device=device)
+    t = torch.full((2,), teacher.schedule.t_max, dtype=torch.float64, device=device)
+    feature = teacher.features(z, t, teacher.null_cond(z))
+    return Head(feature.shape[1], feature.shape[-1])
+
+
+def generator_loss(fake_logits: Tensor) -> Tensor:
+    """mean softplus(-logit): the student wants to be called real."""
+    return F.softplus(-fake_logits).mean()
+
+
+def critic_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """mean softplus(logit of fakes) + mean softplus(-logit of reals)."""
+    return F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
+
+
+@torch.no_grad()
+def accuracy(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Share of logits on the right side of zero; near 1 for long means the GAN is lost."""
+    return 0.5 * ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean())

@@ -1,0 +1,44 @@
+"""Distances between images: plain L2, or LPIPS (Zhang et al., arXiv 1801.03924) on decoded images."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffdistill.denoiser import Denoiser
+
+VGG = "vgg16-397923af.pth"
+
+
+def distance(kind: str, a: Tensor, b: Tensor, teacher: Denoiser) -> Tensor:
+    """Mean distance of two batches of clean estimates; gradients flow into `a`."""
+    if kind == "l2":
+        return (a - b).square().mean()
+    images = [_resized(teacher.decode(x) if teacher.decode else x) for x in (a, b)]
+    return _lpips(str(a.device))(*images).mean()
+
+
+def _resized(x: Tensor) -> Tensor:
+    """[-1, 1] grey or RGB -> RGB 224 x 224 (DMD, App. B)."""
+    x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
+    return F.interpolate(x, (224, 224), mode="bilinear", align_corners=False)
+
+
+@functools.cache
+def _lpips(device: str) -> nn.Module:
+    """LPIPS-VGG through torchmetrics; its backbone is never downloaded silently."""
+    file = Path(torch.hub.get_dir()) / "checkpoints" / VGG
+    if not file.is_file():
+        raise ValueError(
+            f"LPIPS needs the weights {VGG} (torchvision VGG16, 528 MB) at {file}. Fetch them with "
+            "python -c 'import torchvision; torchvision.models.vgg16(weights=\"IMAGENET1K_V1\")', or "
+            "choose the distance l2."
+        )
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    metric = LearnedPerceptualImagePatchSimilarity(net_type="vgg", reduction="none").to(device)
+    return metric.net.eval().requires_grad_(False)

@@ -1,0 +1,80 @@
+"""Few-step student sampling, and its simulation during training.
+
+One definition serves previews, export tests and the students' training inputs, so a student is
+trained on what it will see:
+
+    u_1 = start noise;   x_i = D(u_i, t_i);   u_{i+1} = alpha(t_{i+1}) x_i + sigma(t_{i+1}) eps'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from diffdistill.denoiser import Cond, eps_of
+from diffdistill.method import Batch, Sampler
+from diffdistill.schedules import Schedule, add_noise, times
+
+Denoise = Callable[[Tensor, Tensor, Cond], Tensor]
+
+
+def start_noise(schedule: Schedule, eps: Tensor, t: float) -> Tensor:
+    """The first network input: EDM t * eps, all others eps as it is (not sigma_T eps)."""
+    return schedule.start_scale(t) * eps
+
+
+def renoise(
+    schedule: Schedule, x0: Tensor, z: Tensor, t: float, s: float, sampler: Sampler, eps: Tensor
+) -> Tensor:
+    """From the estimate x0 at (z, t) to the next input at time s. `eps` is used if "fresh"."""
+    if sampler.renoise == "ode":
+        eps = eps_of(schedule, x0, z, times(t, z))
+    return add_noise(schedule, x0, eps, times(s, z))
+
+
+def sample(
+    denoise: Denoise,
+    schedule: Schedule,
+    noises: Sequence[Tensor],
+    cond: Cond,
+    sampler: Sampler,
+) -> Tensor:
+    """The student's samples. noises: unit-variance start noise, then one per further step."""
+    z = start_noise(schedule, noises[0], sampler.times[0])
+    for i, t in enumerate(sampler.times):
+        x0 = denoise(z, times(t, z), cond)
+        if i + 1 < len(sampler.times):
+            z = renoise(schedule, x0, z, t, sampler.times[i + 1], sampler, noises[i + 1])
+    return x0
+
+
+@torch.no_grad()
+def backward_simulation(
+    denoise: Denoise, schedule: Schedule, eps: Tensor, cond: Cond, sampler: Sampler, index: int
+) -> Tensor:
+    """The student's own input at step `index` (DMD2, Sec. 4.5), with fresh noise; no gradient."""
+    z = start_noise(schedule, eps, sampler.times[0])
+    for t, s in zip(sampler.times[:index], sampler.times[1 : index + 1], strict=True):
+        x0 = denoise(z, times(t, z), cond)
+        z = renoise(schedule, x0, z, t, s, sampler, torch.randn_like(eps))
+    return z
+
+
+def student_output(
+    denoise: Denoise, schedule: Schedule, batch: Batch, sampler: Sampler, source: str = "backward_sim"
+) -> Tensor:
+    """One clean estimate of the student at a random one of its steps (DMD2, Sec. 4.5).
+
+    The step index agrees on all processes. source "noised_data" noises real data instead of
+    simulating. Gradients flow through the last call only.
+    """
+    eps = torch.randn(batch.size, *batch.shape, device=batch.device)
+    index = batch.randint(len(sampler.times))
+    t = times(sampler.times[index], eps)
+    if source == "noised_data" and index > 0:
+        z = add_noise(schedule, batch.x, eps, t)
+    else:
+        z = backward_simulation(denoise, schedule, eps, batch.cond, sampler, index)
+    return denoise(z, t, batch.cond)

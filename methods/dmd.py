@@ -1,0 +1,132 @@
+"""Distribution matching distillation: DMD and DMD2, one or few steps.
+
+Yin et al., "One-step Diffusion with Distribution Matching Distillation", arXiv 2311.18828.
+Yin et al., "Improved Distribution Matching Distillation for Fast Image Synthesis", arXiv 2405.14867.
+
+    x           = G(eps, T), or G of the student's own few-step input (backward simulation)
+    student:      grad_x = (D_fake(z_t) - D_teacher(z_t)) / mean |x - D_teacher(z_t)|, teacher guided
+                  [+ w_gan softplus(-T(z_s))]  [+ lambda |G(eps_ref) - x_ref|^2 on teacher pairs]
+    fake score:   w(t) |D_fake(z_t) - sg[x]|^2, the weight that trained the teacher
+                  [+ w_cls (softplus(T(fake_s)) + softplus(-T(real_s)))], T reads D_fake's mid block
+
+DMD (v1): regression=0.25, ttur=1. DMD2: ttur=5, gan=3e-3. Deviations from the papers: none in the
+losses; Eq. 8 of DMD has one more factor alpha_t than all released code, which we follow.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from diffdistill.denoiser import guided
+from diffdistill.method import Batch, Method, MethodConfig, Needs, Sampler, Update
+from diffdistill.parts import gan
+from diffdistill.parts.perceptual import distance
+from diffdistill.parts.rollout import sample, student_output
+from diffdistill.parts.score import dsm, matching_direction, uniform_times, vsd_surrogate
+from diffdistill.registry import register_method
+from diffdistill.schedules import add_noise, student_times
+
+
+@dataclass
+class Config(MethodConfig):
+    guidance: float = 1.0  # of the teacher, u + g (c - u); the fake score is never guided
+    student_steps: int = 1
+    student_input: Literal["noise", "backward_sim", "noised_data"] = "backward_sim"  # DMD2 Sec. 4.5
+    ttur: int = 5  # fake-score updates per student update; DMD2 Sec. 4.2
+    regression: float = 0.0  # weight of the pair loss; DMD: 0.25
+    regression_distance: Literal["l2", "lpips"] = "l2"  # DMD: LPIPS on decoded images
+    pairs: int = 2000  # stored teacher trajectories, if regression > 0
+    gan: float = 0.0  # weight of the student's GAN loss; DMD2: 3e-3
+    gan_critic: float = 1e-2  # weight of the discriminator's loss; DMD2
+    gan_feature_source: Literal["fake_trainable", "teacher_frozen"] = "fake_trainable"
+    t_low: float = 0.02  # range of the matching times, as a share of the grid
+    t_high: float = 0.98
+
+    def validate(self) -> None:
+        if self.student_input == "noise" and self.student_steps > 1:
+            raise ValueError(
+                f"method.student_input=noise is for one step, but method.student_steps="
+                f"{self.student_steps}. Use backward_sim or noised_data."
+            )
+        if not 0 <= self.t_low < self.t_high <= 1:
+            raise ValueError(f"need 0 <= t_low < t_high <= 1, not {self.t_low}, {self.t_high}")
+
+
+@register_method("dmd")
+class DMD(Method):
+    Config = Config
+    paper = "Improved Distribution Matching Distillation for Fast Image Synthesis, arXiv 2405.14867"
+
+    @classmethod
+    def needs(cls, cfg: Config) -> Needs:
+        noised = cfg.student_input == "noised_data" and cfg.student_steps > 1
+        pairs = cfg.pairs if cfg.regression > 0 else 0
+        return Needs(images=cfg.gan > 0 or noised, pairs=pairs, features=cfg.gan > 0)
+
+    def roles(self):
+        roles = {"student": "teacher", "fake_score": "teacher"}
+        return roles | ({"discriminator": gan.gan_head} if self.cfg.gan > 0 else {})
+
+    def updates(self):
+        critics = tuple(r for r in self.roles() if r != "student")
+        if self.cfg.gan_feature_source == "teacher_frozen" and self.cfg.gan > 0:
+            critics = ("fake_score", "discriminator")
+        return (
+            Update("student", ("student",), self.student_loss, every=self.cfg.ttur),
+            Update("fake_score", critics, self.fake_score_loss),
+        )
+
+    def sampler(self) -> Sampler:
+        return Sampler(student_times(self.schedule, self.cfg.student_steps))
+
+    def generate(self, batch: Batch):
+        source = self.cfg.student_input
+        return student_output(self.student, self.schedule, batch, self.sampler(), source)
+
+    def student_loss(self, batch: Batch):
+        x = self.generate(batch)
+        batch.memo["x"] = x.detach()  # the fake score sees the same samples, before this update
+        t = uniform_times(self.schedule, x, self.cfg.t_low, self.cfg.t_high)
+        z = add_noise(self.schedule, x.detach(), torch.randn_like(x), t)
+        with torch.no_grad():
+            x0_teacher = guided(self.teacher, self.cfg.guidance)(z, t, batch.cond)
+            x0_fake = self.fake_score(z, t, batch.cond)
+        v = matching_direction(x, x0_teacher, x0_fake)
+        losses = {
+            "matching": vsd_surrogate(x, v),
+            "_direction": v.abs().mean(),
+            "_output_std": x.detach().std(),
+        }
+        if self.cfg.gan > 0:
+            losses["gan"] = self.cfg.gan * gan.generator_loss(self.logits(x, batch))
+        if self.cfg.regression > 0:
+            ref = self.one_step(batch.pair.eps, batch.pair.cond)
+            d = distance(self.cfg.regression_distance, ref, batch.pair.x, self.teacher)
+            losses["regression"] = self.cfg.regression * d
+        return losses
+
+    def fake_score_loss(self, batch: Batch):
+        x = batch.memo.pop("x", None)
+        if x is None:
+            with torch.no_grad():
+                x = self.generate(batch)
+        t = uniform_times(self.schedule, x)
+        losses = {"dsm": dsm(self.fake_score, x, torch.randn_like(x), t, batch.cond)}
+        if self.cfg.gan > 0:
+            real, fake = self.logits(batch.x, batch), self.logits(x, batch)
+            losses["gan"] = self.cfg.gan_critic * gan.critic_loss(real, fake)
+            losses["_accuracy"] = gan.accuracy(real, fake)
+        return losses
+
+    def logits(self, x, batch: Batch):
+        """T at a fresh time over the full grid, with fresh noise."""
+        t = uniform_times(self.schedule, x)
+        z = add_noise(self.schedule, x, torch.randn_like(x), t)
+        frozen = self.cfg.gan_feature_source == "teacher_frozen"
+        features = (self.teacher if frozen else self.fake_score).features(z, t, batch.cond)
+        return self.discriminator(features)
+
+    def one_step(self, eps, cond):
+        sampler = Sampler(student_times(self.schedule, 1))
+        return sample(self.student, self.schedule, [eps], cond, sampler)
