@@ -60,6 +60,7 @@ class Checkpoints:
             "step": engine.step,
             "images": engine.images,
             "seconds": engine.seconds,
+            "passes": engine.passes,
             "fingerprint": self.fingerprint,
             "roles": {
                 n: {"updates": r.updates, "skipped": r.skipped, "skipped_in_row": r.skipped_in_row}
@@ -117,6 +118,7 @@ class Checkpoints:
             for key, ema in role.ema.items():
                 ema.load(load_file(path / f"{name}.ema.{key}.safetensors"))
         engine.step, engine.seconds = state["step"], state["seconds"]
+        engine.earlier_passes += state["passes"] - engine.passes
 
 
 def verify(path: Path) -> str | None:

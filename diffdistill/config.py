@@ -35,7 +35,8 @@ from diffdistill.registry import get_method, method_names, unknown
 from diffdistill.runtime import PrecisionConfig
 
 PARTS = ("teacher", "data", "method")
-_NOT_IN_NAME = ("run.", "log.", "checkpoint.", "evaluate.", "report", "threads")  # same student
+# what decides the student: a run cannot be continued with other values of these
+IDENTITY = (*PARTS, "method_name", "train", "optim", "ema", "student", "precision")
 
 
 @dataclass
@@ -129,45 +130,41 @@ class RunConfig:
         for section in (self.run, self.data, self.method):
             section.validate()
         values = dict(leaves(asdict(self)))
-        for key, low in LOWEST.items():
-            _check(key, values[key], low=low)
+        for key, allowed in RULES.items():
+            _check(key, values[key], allowed)
         for role in self.optim:
-            for name in ("lr", "eps"):
-                _check(f"optim.{role}.{name}", values[f"optim.{role}.{name}"], above=0)
-            for name in ("weight_decay", "clip", "warmup", "final"):
-                _check(f"optim.{role}.{name}", values[f"optim.{role}.{name}"], low=0)
-            for name in ("beta1", "beta2"):
-                _check(f"optim.{role}.{name}", values[f"optim.{role}.{name}"], low=0, below=1)
+            for name, allowed in OPTIM_RULES.items():
+                _check(f"optim.{role}.{name}", values[f"optim.{role}.{name}"], allowed)
         for key, ema in self.ema.items():
-            limits = {"decay": (0, None, 1), "halflife": (None, 0, None), "power": (0, None, None)}
-            low, above, below = limits[ema.kind]
-            _check(f"ema.{key}.value", ema.value, low=low, above=above, below=below)
+            _check(f"ema.{key}.value", ema.value, EMA_RULES[ema.kind])
 
 
-LOWEST = {
-    "teacher.guidance": 0, "data.size": 1, "train.steps": 1, "train.batch_size": 1,
-    "train.micro_batch": 0, "train.max_skipped": 1, "student.lora_rank": 0, "checkpoint.every": 0,
-    "checkpoint.keep": 1, "log.every": 1, "log.samples_every": 0, "evaluate.n": 2,
-    "evaluate.every": 0, "threads": 0,
+ALLOWED = {
+    "0 or more": lambda v: v >= 0,
+    "1 or more": lambda v: v >= 1,
+    "2 or more": lambda v: v >= 2,
+    "more than 0": lambda v: v > 0,
+    "0 or more, less than 1": lambda v: 0 <= v < 1,
+}
+RULES = {
+    "teacher.guidance": "0 or more", "data.size": "1 or more", "train.steps": "1 or more",
+    "train.batch_size": "1 or more", "train.micro_batch": "0 or more",
+    "train.max_skipped": "1 or more", "student.lora_rank": "0 or more",
+    "checkpoint.every": "0 or more", "checkpoint.keep": "1 or more", "log.every": "1 or more",
+    "log.samples_every": "0 or more", "evaluate.n": "2 or more", "evaluate.every": "0 or more",
+    "threads": "0 or more",
 }  # fmt: skip
+OPTIM_RULES = {
+    "lr": "more than 0", "eps": "more than 0", "weight_decay": "0 or more", "clip": "0 or more",
+    "warmup": "0 or more", "final": "0 or more", "beta1": "0 or more, less than 1",
+    "beta2": "0 or more, less than 1",
+}  # fmt: skip
+EMA_RULES = {"decay": "0 or more, less than 1", "halflife": "more than 0", "power": "0 or more"}
 
 
-def _check(
-    key: str,
-    value: float | None,
-    *,
-    low: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-) -> None:
-    tests = (
-        (low, f"{low} or more", lambda v: v >= low),
-        (above, f"more than {above}", lambda v: v > above),
-        (below, f"less than {below}", lambda v: v < below),
-    )
-    used = [(words, holds) for limit, words, holds in tests if limit is not None]
-    if value is not None and not all(holds(value) for _, holds in used):
-        raise ValueError(f"{key} is {value}. Allowed: {', '.join(words for words, _ in used)}")
+def _check(key: str, value: float | None, allowed: str) -> None:
+    if value is not None and not ALLOWED[allowed](value):
+        raise ValueError(f"{key} is {value}. Allowed: {allowed}")
 
 
 # ---- files ------------------------------------------------------------------------------
@@ -315,11 +312,8 @@ def _finish(cfg: RunConfig, picked: dict, overrides: dict, provenance: dict[str,
         name = f"{Path(cfg.method_name).stem}_{Path(cfg.teacher.name).name}"
         name = Path(picked["recipe"]).stem if "recipe" in picked else name
         name = re.sub(r"[^\w+-]+", "-", name).strip("-")
-    chosen = {k: v for k, v in (picked | overrides).items() if not k.startswith(_NOT_IN_NAME)}
-    chosen.pop("recipe", None)
-    if chosen:
-        name += "-" + hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:6]
-    cfg.run.name = name
+    chosen = {k: v for k, v in (picked | overrides).items() if k.split(".")[0] in IDENTITY}
+    cfg.run.name = f"{name}-{_hash(chosen)[:6]}" if chosen else name
     provenance["run.name"] = "recipe and overrides"
 
 
@@ -335,3 +329,13 @@ def leaves(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def to_yaml(cfg: RunConfig) -> str:
     """The text of a run's config.yaml; `compose(["recipe=PATH"])` reads it back."""
     return yaml.safe_dump(json.loads(json.dumps(asdict(cfg))), sort_keys=False)
+
+
+def fingerprint(cfg: RunConfig) -> str:
+    """Hash of what must not change between a run and its continuation."""
+    values = asdict(cfg)
+    return _hash({section: values[section] for section in IDENTITY})[:16]
+
+
+def _hash(values: Mapping) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -144,6 +144,7 @@ class Engine:
         self.transitions = {t.at: t for t in method.transitions()}
         self.step = 0
         self.seconds = 0.0  # wall time of training steps, over restarts
+        self.earlier_passes = 0
         self.preempted = False
         self._check_names(roles, optim)
         self.micro = self._micro_batch()
@@ -205,10 +206,13 @@ class Engine:
         """Train from the newest complete checkpoint (if any) to `train.steps`."""
         if self.checkpoints is not None:
             self.checkpoints.resume(self)
+        if self.tracker is not None:
+            self.tracker.rewind(self.step)
         if self.step == 0:
             for callback in callbacks:
                 if callback.at_start:
                     callback.fn(self)
+            self.earlier_passes = -self.passes  # probing and pictures are not training
         previous = self._listen()
         bar = tqdm(
             total=self.cfg.steps, initial=self.step, unit="step", dynamic_ncols=True,
@@ -234,8 +238,10 @@ class Engine:
                     self.seconds += time.perf_counter() - started
                     if self.checkpoints is not None and (due or last or self.preempted):
                         self.checkpoints.save(self)
+                    passes = self.passes
                     for callback in calls:
                         callback.fn(self)
+                    self.earlier_passes += passes - self.passes  # pictures are not training
                     started = time.perf_counter()
         finally:
             bar.close()
@@ -359,6 +365,13 @@ class Engine:
     @property
     def images(self) -> int:
         return self.step * self.cfg.batch_size
+
+    @property
+    def passes(self) -> int:
+        """Network evaluations so far in samples, over all networks, restarts and processes."""
+        modules = [self.method.__dict__.get("teacher"), *(r.module for r in self.roles.values())]
+        own = sum(getattr(m, "passes", 0) for m in modules)
+        return self.earlier_passes + own * self.acc.num_processes
 
     def _log(self, mean: Mapping[str, list[Tensor]], rate: float, bar: tqdm) -> None:
         row = {k: torch.stack([v.float() for v in vs]).mean() for k, vs in mean.items()}

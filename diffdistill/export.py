@@ -115,8 +115,8 @@ def _lcm(teacher: SchedulerMixin, sampler: Sampler) -> LCMScheduler | None:
         return None
     shared = {k: teacher.config[k] for k in SHARED if k in teacher.config}
     stock = LCMScheduler(
-        **shared, original_inference_steps=steps, clip_sample=False, set_alpha_to_one=True,
-        timestep_scaling=1e3,  # c_skip < 1e-6 from t = 1 on: the denoised image is x0 itself
+        **shared, original_inference_steps=steps, clip_sample=False, steps_offset=1,
+        set_alpha_to_one=True, timestep_scaling=1e3,  # c_skip < 1e-6: denoised is x0 from t = 1 on
     )  # fmt: skip
     stock.set_timesteps(steps)
     same_times = stock.timesteps.tolist() == list(sampler.times)

@@ -27,6 +27,14 @@ class Tracker:
                 raise ValueError("log.wandb=true needs: pip install 'diffdistill[wandb]'") from error
             self._wandb = client.init(project="diffdistill", dir=folder, config=dict(config or {}))
 
+    def rewind(self, step: int) -> None:
+        """Forget what an interrupted run wrote after the checkpoint that it continues from."""
+        file = self.folder / "metrics.jsonl"
+        if file.is_file():
+            lines = file.read_text().splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            file.write_text("".join(f"{line}\n" for line in kept))
+
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl and one point in each tracker."""
         with open(self.folder / "metrics.jsonl", "a") as file:

@@ -23,6 +23,11 @@ class Codec(nn.Module):
         super().__init__()
         self.vae, self.runtime = vae, Runtime()
 
+    def freeze_encoder(self) -> None:
+        """From now on only the decoder is trainable, on noise-free latents."""
+        decoder = ("vae.decoder.", "vae.post_quant_conv.")
+        self.trainable_names = {n for n, _ in self.named_parameters() if n.startswith(decoder)}
+
     def forward(self, x):
         with self.runtime.context(x.device):
             posterior = self.vae.encode(x).latent_dist

@@ -1,0 +1,218 @@
+"""The `diffdistill` command. Everything heavy is imported by the sub-command that needs it.
+
+Exit codes: 0; 2 for the user's mistake (one line on stderr); 1 for ours (with trace).
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+METRICS = ("fid", "kid", "prdc", "clip", "geneval")
+LISTS = ("methods", "teachers", "data", "recipes", "metrics")
+FULL, NO_ACCESS = (errno.ENOSPC, errno.EDQUOT), (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    return guarded(lambda: args.call(args))
+
+
+def guarded(call: Callable[[], int | None]) -> int:
+    """Exit code of a call; errors are reported here. Modules with a `main` use it, too."""
+    try:
+        return call() or 0
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        line = _users_fault(error)
+        if line is None or os.environ.get("DIFFDISTILL_TRACE"):
+            traceback.print_exc()
+        if line is None:
+            return 1
+        print(f"diffdistill: {line}", file=sys.stderr)
+        return 2
+
+
+def _users_fault(error: Exception) -> str | None:
+    """The line for what the user can mend, None for our own faults."""
+    text = " ".join(str(error).split())
+    number = error.errno if isinstance(error, OSError) else None
+    if number in FULL or os.strerror(errno.ENOSPC) in text:  # safetensors has only the text
+        return (
+            f"the disk is full ({text}). Free some space and run the same command again; a run "
+            "continues from its last checkpoint."
+        )
+    if number in NO_ACCESS:
+        return f"no access: {text}. Choose another folder, or change its permissions."
+    return text if isinstance(error, ValueError) else None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}. See {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="diffdistill", description="Few-step students of diffusers pipelines.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, call: Callable, text: str, example: str) -> Callable[..., Any]:
+        sub = commands.add_parser(
+            name, help=text, description=text, epilog=f"example:\n  diffdistill {name} {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        sub.set_defaults(call=call)
+        return sub.add_argument
+
+    for name, text, recipe in (
+        ("train", "train a student; the same command continues a run", "quickstart"),
+        ("config", "every value of a configuration, and what set it", "quickstart train.steps=9"),
+        ("teach", "train an embedded teacher from scratch", "shapes-sd"),
+        ("doctor", "versions, devices, what is missing for which command", "quickstart"),
+    ):
+        add(name, globals()[name], text, f"recipe={recipe}")("settings", nargs="*", metavar="k=v")
+
+    arg = add("list", list_, "what there is", "methods")
+    arg("kind", choices=LISTS)
+    arg("--json", action="store_true", help="for programs")
+
+    arg = add("sample", sample, "a grid of samples", "runs/quickstart/student --teacher")
+    arg("pipeline", help="student or teacher: a folder, or an embedded name")
+    arg("--prompt", action="append", default=[], help="may be repeated")
+    arg("--prompts", metavar="FILE", help="one prompt per line")
+    arg("--labels", help="class labels: 0,1,2")
+    arg("--num", type=int, help="images; prompts or labels are used in turn")
+    arg("--steps", type=int, help="default: as trained")
+    arg("--seed", type=int, default=0, help="of the first image; then seed + 1, ...")
+    arg("--out", default="grid.png", metavar="PNG", help="default: grid.png")
+    arg("--teacher", nargs="?", const="", help="the teacher's samples beside, same seeds")
+
+    arg = add("evaluate", evaluate, "the numbers of one pipeline", "shapes-sd --num 1000")
+    arg("pipeline", help="student or teacher: a folder, or an embedded name")
+    arg("--metrics", help=f"default: all that the protocol has; some of {','.join(METRICS)}")
+    arg("--num", type=int, help="samples; default: as the protocol says")
+    arg("--protocol", help="shapes-v1, fashion-v1; default: the pipeline's own")
+    arg("--out", metavar="DIR", help="write NAME.json there instead of printing it")
+
+    arg = add("report", report, "one HTML page about one or more runs", "runs/quickstart")
+    arg("runs", nargs="+", metavar="RUN")
+    arg("--out", metavar="DIR", help="default: RUN/report of the first run")
+    return parser
+
+
+def _forward(module: str) -> Callable[[argparse.Namespace], int]:
+    return lambda args: importlib.import_module(f"diffdistill.{module}").main(args.settings)
+
+
+train, teach, doctor = _forward("train"), _forward("teach"), _forward("doctor")
+
+
+def list_(args: argparse.Namespace) -> None:
+    from diffdistill.doctor import inventory
+
+    rows = inventory(args.kind)
+    if args.json:
+        return print(json.dumps(rows, indent=2))
+    for row in rows:
+        print(f"{row.pop('name'):<14} {row.pop('about')}")
+        if more := "; ".join(f"{k}: {v}" for k, v in row.items() if v not in ("", [], None)):
+            print(f"{'':<14} {more}")
+
+
+def config(args: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from diffdistill.config import compose, leaves
+
+    cfg, provenance = compose(args.settings)
+    rows = [(key, json.dumps(value), provenance[key]) for key, value in leaves(asdict(cfg))]
+    wide = [max(len(row[i]) for row in rows) for i in (0, 1)]
+    for key, value, source in rows:
+        print(f"{key:<{wide[0]}}  {value:<{wide[1]}}  # {source}")
+
+
+def sample(args: argparse.Namespace) -> None:
+    import torch
+
+    from diffdistill.pipelines.loading import load_pipeline
+    from diffdistill.tracking import save_grid
+
+    generator = load_pipeline(args.pipeline, device=_device())
+    given = _conditions(args, generator.info)
+    num = len(given) if args.num is None else args.num
+    if num < 1:
+        raise ValueError(f"--num is {num}. Allowed: 1 or more")
+    conditions = [given[i % len(given)] for i in range(num)]
+    seeds = list(range(args.seed, args.seed + num))
+    images, columns, note = generator.sample(conditions, seeds, steps=args.steps), min(num, 8), ""
+    if args.teacher is not None:
+        if not (name := args.teacher or generator.info.get("teacher")):
+            raise ValueError(f"{args.pipeline} names no teacher. Give --teacher NAME_OR_FOLDER")
+        teacher = load_pipeline(name, device=_device()).sample(conditions, seeds)
+        images = torch.stack([teacher, images], 1).flatten(0, 1)
+        columns, note = 2 * min(num, 4), "; pairs of teacher, student"
+    save_grid(images, columns, Path(args.out))
+    print(f"{args.out}: {num} images{note}")
+
+
+def _conditions(args: argparse.Namespace, info: dict[str, Any]) -> list:
+    """Prompts or labels: as given, else those of the pipeline's world."""
+    prompts = [*args.prompt, *(_lines(args.prompts) if args.prompts else ())]
+    labels = [label.strip() for label in args.labels.split(",")] if args.labels else []
+    if odd := [label for label in labels if not label.isdecimal()]:
+        raise ValueError(f"--labels has {odd[0]!r}. Give class numbers, such as --labels 0,1,2")
+    if prompts and labels:
+        raise ValueError("both prompts and labels are given. Give what the pipeline takes")
+    if prompts or labels:
+        return prompts or [int(label) for label in labels]
+    if info["family"] == "edm":
+        return [i % 10 for i in range(20)]
+    if info.get("world") != "shapes":
+        raise ValueError(f"what shall {args.pipeline} draw? Give --prompt TEXT or --prompts FILE")
+    from diffdistill.data.shapes import scene
+
+    return [scene(i, "test").caption for i in range(args.num or 18)]
+
+
+def _lines(file: str) -> list[str]:
+    if not Path(file).is_file():
+        raise ValueError(f"prompt file {file!r} does not exist")
+    lines = [stripped for line in Path(file).read_text().splitlines() if (stripped := line.strip())]
+    if not lines:
+        raise ValueError(f"prompt file {file!r} has no prompts. Give one per line")
+    return lines
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    names = args.metrics.split(",") if args.metrics else None
+    if odd := [name for name in names or () if name not in METRICS]:
+        raise ValueError(f"unknown metric {odd[0]!r}. Available: {', '.join(METRICS)}")
+    from diffdistill.eval.evaluate import evaluate as measure
+    from diffdistill.pipelines.loading import load_pipeline
+
+    generator = load_pipeline(args.pipeline, device=_device())
+    out = Path(args.out) / f"{generator.info['name']}.json" if args.out else None
+    result = measure(generator, metrics=names, n=args.num, protocol=args.protocol, out=out)
+    print(json.dumps(result, indent=2) if out is None else out)
+
+
+def report(args: argparse.Namespace) -> None:
+    from diffdistill.eval.report import write_report
+
+    out = Path(args.out) if args.out else Path(args.runs[0]) / "report"
+    print(write_report([Path(run) for run in args.runs], out))

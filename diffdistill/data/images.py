@@ -1,0 +1,53 @@
+"""A folder of images, with captions in FILE.txt or class labels from sub-folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def list_folder(folder: str | None) -> list[Path]:
+    """Every image below the folder, sorted."""
+    if folder is None or not Path(folder).is_dir():
+        raise ValueError(f"image folder {folder!r} does not exist. Set data.folder=DIR.")
+    files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in ENDINGS)
+    if not files:
+        raise ValueError(f"no images in {folder!r} (looked for {', '.join(ENDINGS)}).")
+    return files
+
+
+def read_all(files: list[Path], size: int) -> Tensor:
+    """uint8 [N, 3, size, size]: centre crop to a square, Lanczos. A damaged file is an error."""
+    return torch.stack([_read(file, size) for file in files])
+
+
+def _read(file: Path, size: int) -> Tensor:
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as image:
+            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"cannot read image {file}: {error}. Remove or replace it.") from error
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def captions(files: list[Path]) -> list[str]:
+    """The text of FILE.txt beside each image; "" where there is none at all."""
+    texts = [f.with_suffix(".txt") for f in files]
+    present = [t.is_file() for t in texts]
+    if any(present) and not all(present):
+        missing = texts[present.index(False)]
+        raise ValueError(f"caption {missing} is missing ({present.count(False)} in all). Add it.")
+    return [t.read_text().strip() if ok else "" for t, ok in zip(texts, present, strict=True)]
+
+
+def labels(files: list[Path]) -> list[int]:
+    """Class index of each image: its sub-folder, in alphabetical order."""
+    names = sorted({f.parent.name for f in files})
+    return [names.index(f.parent.name) for f in files]

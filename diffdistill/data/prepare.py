@@ -1,0 +1,216 @@
+"""From a data section and a teacher to a stream of micro-batches; encodings are cached on disk.
+
+Text encoders and autoencoders run once per (teacher, data) and their results are keyed by content,
+so a second run starts at once. The cache is DIFFDISTILL_CACHE or ~/.cache/diffdistill.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from diffdistill.data import fashion, images, shapes
+from diffdistill.data.stream import Lookup, TensorStream
+from diffdistill.denoiser import guided
+from diffdistill.method import Needs
+from diffdistill.parts import ode
+from diffdistill.teachers import Teacher
+
+PAIRS_PER_SHARD = 256
+
+
+@dataclass
+class DataConfig:
+    """Where conditions and images come from. `name` None: the teacher's own world."""
+
+    name: str | None = None  # shapes | fashion | prompts | folder | none
+    size: int = 20_000  # images (or captions) that are prepared
+    prompts: str | None = None  # text file, one prompt a line; for name=prompts
+    folder: str | None = None  # images, optionally with FILE.txt captions; for name=folder
+
+    def validate(self) -> None:
+        if self.name not in (None, "shapes", "fashion", "prompts", "folder", "none"):
+            raise ValueError(
+                f"data.name={self.name!r}. Allowed: shapes, fashion, prompts, folder, none"
+            )
+        if self.size < 1:
+            raise ValueError(f"data.size={self.size}: the data set is empty. Give at least 1.")
+        if self.name == "prompts":
+            read_prompts(self.prompts)
+        if self.name == "folder":
+            images.list_folder(self.folder)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Raw records: conditions (prompts or labels), and images on demand."""
+
+    key: str
+    conditions: Sequence[Any]
+    images: Callable[[], Tensor] | None  # uint8 [N, C, H, W]
+
+
+def source(cfg: DataConfig, teacher: Teacher) -> Source:
+    """The raw records of a data section, after checking that this teacher can use them."""
+    name = cfg.name or teacher.info.get("world") or ("none" if teacher.family == "module" else None)
+    if name is None:
+        raise ValueError(
+            f"teacher {teacher.name!r} names no data of its own. Set data=prompts "
+            "data.prompts=FILE, or data=folder data.folder=DIR."
+        )
+    wanted = {"shapes": "prompts", "fashion": "class labels", "prompts": "prompts"}.get(name)
+    if wanted is not None and teacher.conditions != wanted:
+        raise ValueError(
+            f"data {name!r} gives {wanted}, but teacher {teacher.name!r} takes {teacher.conditions}. "
+            "Choose data that fits the teacher."
+        )
+    if name == "shapes":
+        scenes = shapes.Shapes("train", cfg.size)
+        listed = scenes.scenes(range(cfg.size))
+        return Source(f"shapes-{cfg.size}", [s.caption for s in listed], lambda: _render(listed))
+    if name == "fashion":
+        pixels, labels = fashion.load("train")
+        pixels, labels = pixels[: cfg.size], labels[: cfg.size]
+        return Source(f"fashion-{len(labels)}", labels.tolist(), lambda: pixels)
+    if name == "prompts":
+        prompts = read_prompts(cfg.prompts)
+        return Source(f"prompts-{_hash(prompts)}", prompts, None)
+    if name == "folder":
+        files = images.list_folder(cfg.folder)[: cfg.size]
+        size = teacher.info.get("image_size") or _image_size(teacher)
+        pixels = images.read_all(files, size)
+        captions = images.captions(files) if teacher.family == "sd" else images.labels(files)
+        return Source(f"folder-{_hash([str(f) for f in files])}", captions, lambda: pixels)
+    return Source(f"none-{cfg.size}", [None] * cfg.size, None)
+
+
+def stream(
+    cfg: DataConfig,
+    teacher: Teacher,
+    needs: Needs,
+    *,
+    guidance: float,
+    seed: int,
+    device: torch.device | str,
+) -> TensorStream:
+    """Everything that the method needs, encoded, in memory."""
+    raw = source(cfg, teacher)
+    if needs.images and raw.images is None:
+        raise ValueError(
+            "this method needs images, but the data has prompts only. Set data=folder "
+            "data.folder=DIR, or switch off what needs images (method.gan=0)."
+        )
+    folder = cache_dir() / f"{raw.key}-{_teacher_key(teacher)}"
+    lookups = _conditions(raw, teacher)
+    x = None
+    if needs.images:
+        x = _cached(folder / "x.safetensors", lambda: teacher.to_x(raw.images()))
+    pairs = None
+    if needs.pairs:
+        pairs = teacher_pairs(teacher, lookups, len(raw.conditions), needs.pairs, guidance, folder, device)
+    shape = teacher.denoiser.shape
+    return TensorStream(len(raw.conditions), shape, lookups, x=x, pairs=pairs, seed=seed, device=device)
+
+
+def teacher_pairs(
+    teacher: Teacher,
+    lookups: dict[str, Lookup],
+    n_conditions: int,
+    count: int,
+    guidance: float,
+    folder: Path,
+    device: torch.device | str,
+) -> tuple[Tensor, Tensor, dict[str, Lookup]]:
+    """Stored trajectories (eps, x) of the teacher's ODE at its default steps; resumable by shard."""
+    steps = int(teacher.info.get("steps", 50))
+    solve = ode.heun if teacher.family == "edm" else ode.ddim
+    where = folder / f"pairs-{solve.__name__}{steps}-g{guidance:g}"
+    denoise, schedule = guided(teacher.denoiser, guidance), teacher.denoiser.schedule
+    eps, x = [], []
+    shards = range(-(-count // PAIRS_PER_SHARD))
+    for shard in tqdm(shards, desc="teacher pairs", disable=None):
+        file = where / f"{shard:05d}.safetensors"
+        if not file.is_file():
+            rng = torch.Generator().manual_seed(shard)
+            noise = torch.randn(PAIRS_PER_SHARD, *teacher.denoiser.shape, generator=rng).to(device)
+            at = (torch.arange(PAIRS_PER_SHARD) + shard * PAIRS_PER_SHARD) % n_conditions
+            cond = {k: fn(at).to(device) for k, fn in lookups.items()}
+            end = solve(denoise, schedule, noise, cond, steps)
+            _save(file, {"eps": noise.cpu(), "x": end.float().cpu()})
+        stored = load_file(file)
+        eps.append(stored["eps"])
+        x.append(stored["x"])
+    wrapped = {k: (lambda i, fn=fn: fn(i % n_conditions)) for k, fn in lookups.items()}
+    return torch.cat(eps)[:count], torch.cat(x)[:count], wrapped
+
+
+def read_prompts(path: str | None) -> list[str]:
+    """One prompt a line; empty lines are skipped."""
+    if path is None or not Path(path).is_file():
+        raise ValueError(f"prompt file {path!r} does not exist. Set data.prompts=FILE, a prompt a line.")
+    prompts = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"prompt file {path!r} is empty. Write one prompt a line.")
+    return prompts
+
+
+def cache_dir() -> Path:
+    return Path(os.environ.get("DIFFDISTILL_CACHE", "~/.cache/diffdistill")).expanduser()
+
+
+def _conditions(raw: Source, teacher: Teacher) -> dict[str, Lookup]:
+    """Each distinct condition is encoded once."""
+    distinct = sorted(set(raw.conditions), key=str)
+    number = {c: i for i, c in enumerate(distinct)}
+    index = torch.tensor([number[c] for c in raw.conditions])
+    table = teacher.encode(distinct)
+    return {k: (lambda i, v=v: v[index[i]]) for k, v in table.items()}
+
+
+def _render(scenes: list[shapes.Scene]) -> Tensor:
+    parts = range(0, len(scenes), 2000)
+    return torch.cat([shapes.render(scenes[i : i + 2000]) for i in tqdm(parts, "render", disable=None)])
+
+
+def _image_size(teacher: Teacher) -> int:
+    size = teacher.denoiser.shape[-1]
+    scale = getattr(teacher.pipe, "vae_scale_factor", 1) if teacher.family == "sd" else 1
+    return size * scale
+
+
+def _teacher_key(teacher: Teacher) -> str:
+    """Hash of the teacher's encoders and network: what cached encodings depend on."""
+    digest = hashlib.sha256()
+    parts = getattr(teacher.pipe, "components", {"net": teacher.denoiser.net})
+    for name, part in sorted(parts.items()):
+        if isinstance(part, torch.nn.Module):
+            for p in part.state_dict().values():
+                digest.update(f"{name}{tuple(p.shape)}{p.double().sum().item():.9e}".encode())
+    return digest.hexdigest()[:12]
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
+
+
+def _cached(file: Path, make: Callable[[], Tensor]) -> Tensor:
+    if not file.is_file():
+        _save(file, {"x": make().contiguous()})
+    return load_file(file)["x"]
+
+
+def _save(file: Path, tensors: dict[str, Tensor]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_suffix(f".{os.getpid()}.partial")
+    save_file(tensors, aside)
+    aside.rename(file)

@@ -1,0 +1,402 @@
+"""One run from configuration to student and report; every command and `distill` go through here."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from diffdistill import runtime
+from diffdistill.checkpoint import Checkpoints
+from diffdistill.config import RunConfig, fingerprint, to_yaml
+from diffdistill.data import fashion, prepare, shapes
+from diffdistill.denoiser import Denoiser, Runtime, guided
+from diffdistill.engine import Engine, Every
+from diffdistill.method import Batch, Method, Needs, Sampler
+from diffdistill.parts import ode
+from diffdistill.parts.rollout import sample
+from diffdistill.registry import get_method
+from diffdistill.teachers import Teacher, load_teacher
+from diffdistill.tracking import Tracker
+
+PREVIEWS = 24  # samples in a grid
+PACKAGES = ("diffdistill", "torch", "diffusers", "accelerate", "transformers", "numpy")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished (or preempted) run leaves behind."""
+
+    folder: Path
+    student: Path
+    done: bool
+    evaluation: dict[str, Any] | None = None
+
+
+def execute(
+    cfg: RunConfig,
+    provenance: Mapping[str, str] | None = None,
+    *,
+    teacher: Any = None,
+    argv: list[str] | None = None,
+) -> Result:
+    """Train (or continue), export, evaluate, report. `teacher` overrides cfg.teacher.name."""
+    folder = writable(Path(cfg.run.root) / (cfg.run.name or "run"))
+    if (folder / "DONE").is_file():
+        print(f"{folder} is finished; remove it or set run.name to train again")
+        return Result(folder, folder / "student", True, _last_evaluation(folder))
+    accelerator = Accelerator()
+    set_threads(cfg.threads, accelerator)
+    main = accelerator.is_main_process
+    cls = get_method(cfg.method_name)
+    needs = cls.needs(cfg.method)
+    cfg.data.validate()
+    loaded = load_teacher(teacher if teacher is not None else cfg.teacher.name)
+    check_needs(cfg.method_name, needs, loaded)
+    if main:
+        _write_config(folder, cfg, provenance or {}, argv or sys.argv)
+        (folder / "FAILED").unlink(missing_ok=True)
+    tracker = Tracker(folder, wandb=cfg.log.wandb, config=asdict(cfg)) if main else None
+    try:
+        engine = build(cfg, cls, needs, loaded, folder, accelerator, tracker)
+        if main:
+            print(f"{cfg.method_name} on {loaded.name}: {folder}")
+            print(f"execution: {runtime.describe(loaded.denoiser.runtime)}, {torch.get_num_threads()} threads")
+        started = time.perf_counter()
+        engine.fit(callbacks(cfg, engine, loaded, tracker))
+        if engine.preempted and engine.step < cfg.train.steps:
+            print(f"stopped at step {engine.step}; the same command continues")
+            return Result(folder, folder / "student", False)
+        evaluation = None
+        if main:
+            evaluation = finish(cfg, engine, loaded, folder, argv or sys.argv)
+            done = {"steps": engine.step, "seconds_of_this_start": time.perf_counter() - started}
+            (folder / "DONE").write_text(json.dumps(done) + "\n")
+        accelerator.wait_for_everyone()
+        return Result(folder, folder / "student", True, evaluation)
+    except Exception as error:
+        if main:
+            note = f"{type(error).__name__}: {error}\nto reproduce: {' '.join(argv or sys.argv)}\n"
+            (folder / "FAILED").write_text(note)
+        raise
+    finally:
+        if tracker is not None:
+            tracker.close()
+
+
+def build(
+    cfg: RunConfig,
+    cls: type[Method],
+    needs: Needs,
+    teacher: Teacher,
+    folder: Path,
+    accelerator: Accelerator,
+    tracker: Tracker | None = None,
+) -> Engine:
+    """The engine of a run, before its first step."""
+    device = accelerator.device
+    teacher.denoiser.to(device)
+    torch.manual_seed(cfg.train.seed)  # random heads start alike on every process
+    method = cls(cfg.method, teacher.denoiser)
+    with accelerator.main_process_first():  # the others find the cache filled
+        stream = prepare.stream(
+            cfg.data, teacher, needs, guidance=getattr(cfg.method, "guidance", 1.0),
+            seed=cfg.train.seed, device=device,
+        )  # fmt: skip
+    per_process = cfg.train.micro_batch or max(1, cfg.train.batch_size // accelerator.num_processes)
+    probe = stream.batch(0, 0, range(per_process), cfg.train.batch_size)
+    chosen = chosen_runtime(cfg, teacher.denoiser, probe, folder, accelerator)
+    runtime.apply(teacher.denoiser, chosen)
+    roles = make_roles(method, teacher.denoiser, cfg.student.lora_rank)
+    for module in roles.values():
+        module.to(device)
+    method.attach(roles)
+    checkpoints = Checkpoints(
+        folder / "checkpoints", fingerprint=fingerprint(cfg), keep=cfg.checkpoint.keep,
+        main=accelerator.is_main_process,
+    )  # fmt: skip
+    return Engine(
+        method, roles, stream, train=cfg.train, optim=cfg.optim, ema=cfg.ema,
+        accelerator=accelerator, tracker=tracker, checkpoints=checkpoints,
+        checkpoint_every=cfg.checkpoint.every, log_every=cfg.log.every,
+    )  # fmt: skip
+
+
+def make_roles(method: Method, teacher: Denoiser, lora_rank: int = 0) -> dict[str, nn.Module]:
+    """Build every trained network as the method asks for it."""
+    roles: dict[str, nn.Module] = {}
+    for name, init in method.roles().items():
+        if init != "teacher":
+            roles[name] = init(teacher)
+        elif lora_rank and name in method.students:
+            roles[name] = with_lora(teacher, lora_rank)
+        else:
+            roles[name] = teacher.clone()
+    return roles
+
+
+def with_lora(teacher: Denoiser, rank: int) -> Denoiser:
+    """A second module tree over the teacher's storage, with a trainable PEFT adapter in it."""
+    import copy
+
+    from peft import LoraConfig, inject_adapter_in_model
+
+    shared = {id(p): p for p in (*teacher.net.parameters(), *teacher.net.buffers())}
+    student = teacher.clone(copy.deepcopy(teacher.net, shared))
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights="gaussian")
+    student.net.requires_grad_(False)
+    inject_adapter_in_model(config, student.net.unet)
+    student.trainable_names = {n for n, p in student.named_parameters() if p.requires_grad}
+    if not student.trainable_names:
+        raise ValueError(f"student.lora_rank={rank}: the teacher has none of the layers {targets}")
+    return student
+
+
+def check_needs(name: str, needs: Needs, teacher: Teacher) -> None:
+    """What can be known before anything runs."""
+    if needs.teacher != "denoiser":
+        raise ValueError(f"method {name!r} distils {needs.teacher} teachers, not {teacher.family!r}")
+    if needs.features and teacher.denoiser.feature_layer is None:
+        raise ValueError(
+            f"method {name!r} with these options reads discriminator features, but teacher "
+            f"{teacher.name!r} names no feature_layer. Set method.gan=0, or wrap the network as "
+            "diffdistill.Denoiser(..., feature_layer=...)."
+        )
+
+
+def chosen_runtime(
+    cfg: RunConfig, denoiser: Denoiser, probe: Batch, folder: Path, accelerator: Accelerator
+) -> Runtime:
+    """Measured once per run on the main process, stored, and reused on resume."""
+    file = folder / "runtime.json"
+    if accelerator.is_main_process and not file.is_file():
+        best, seconds = runtime.choose(denoiser, probe, cfg.precision)
+        stored = {"runtime": asdict(best), "seconds": seconds, "threads": torch.get_num_threads()}
+        file.write_text(json.dumps(stored, indent=1))
+    accelerator.wait_for_everyone()
+    return Runtime(**json.loads(file.read_text())["runtime"])
+
+
+# ---- pictures ---------------------------------------------------------------------------
+
+
+def preview_conditions(teacher: Teacher, stream: Any) -> tuple[list[Any], dict[str, Tensor]]:
+    """The same conditions in every grid: the protocol's first ones, else the data's first."""
+    world = teacher.info.get("world")
+    if world == "shapes" and teacher.family == "sd":
+        conditions: list[Any] = [shapes.scene(i, "test").caption for i in range(PREVIEWS)]
+        return conditions, dict(teacher.encode(conditions))
+    if world == "fashion":
+        conditions = [i % len(fashion.CLASSES) for i in range(PREVIEWS)]
+        return conditions, dict(teacher.encode(conditions))
+    rows = torch.arange(PREVIEWS) % len(stream._order.indices(0, 0, range(PREVIEWS), PREVIEWS))
+    return [None] * PREVIEWS, {k: fn(rows) for k, fn in stream.cond.items()}
+
+
+def callbacks(
+    cfg: RunConfig, engine: Engine, teacher: Teacher, tracker: Tracker | None
+) -> tuple[Every, ...]:
+    """Sample grids from fixed noise, teacher's first; on the main process only."""
+    if tracker is None or len(teacher.denoiser.shape) != 3:
+        return ()
+    device = engine.acc.device
+    _, cond = preview_conditions(teacher, engine.stream)
+    cond = {k: v.to(device) for k, v in cond.items()}
+    rng = torch.Generator().manual_seed(0)
+    noise = [torch.randn(PREVIEWS, *teacher.denoiser.shape, generator=rng).to(device) for _ in range(8)]
+
+    def teacher_grid(engine: Engine) -> None:
+        denoise = guided(teacher.denoiser, float(teacher.info.get("guidance", 1.0)))
+        solve = ode.heun if teacher.family == "edm" else ode.ddim
+        x = solve(denoise, teacher.denoiser.schedule, noise[0], cond, int(teacher.info.get("steps", 25)))
+        tracker.images(0, "teacher", teacher.to_images(x), 8)
+
+    @torch.no_grad()
+    def student_grid(engine: Engine) -> None:
+        student = student_denoiser(engine)
+        with averaged(engine):
+            x = sample(student, student.schedule, noise, cond, engine.method.sampler())
+        tracker.images(engine.step, "student", teacher.to_images(x), 8)
+
+    return (
+        Every(cfg.train.steps, lambda e: teacher_grid(e) if e.step == 0 else None),
+        Every(cfg.log.samples_every, student_grid),
+    )
+
+
+def student_denoiser(engine: Engine) -> Denoiser:
+    module = engine.roles[engine.method.students[0]].module
+    assert isinstance(module, Denoiser)
+    return module
+
+
+class averaged:
+    """Inside, the students hold their EMA weights (the first named average, if any) in eval mode."""
+
+    def __init__(self, engine: Engine):
+        self.roles = [engine.roles[n] for n in engine.method.students]
+
+    def __enter__(self) -> None:
+        for role in self.roles:
+            self._swap(role)
+            role.module.eval()
+
+    def __exit__(self, *_: object) -> None:
+        for role in self.roles:
+            self._swap(role)
+        # the engine sets train and eval mode before every update
+
+    @staticmethod
+    def _swap(role: Any) -> None:
+        for ema in list(role.ema.values())[:1]:
+            ema.swap(role.module)
+
+
+# ---- the end of a run -------------------------------------------------------------------
+
+
+def finish(
+    cfg: RunConfig, engine: Engine, teacher: Teacher, folder: Path, argv: list[str]
+) -> dict[str, Any] | None:
+    """Export the student, judge it, write card and report. Returns the evaluation."""
+    info = student_info(cfg, engine, teacher, argv)
+    (folder / "cost.json").write_text(json.dumps(info["train"], indent=1))
+    student = folder / "student"
+    with averaged(engine):
+        denoiser = student_denoiser(engine)
+        if teacher.family == "module":
+            student.mkdir(exist_ok=True)
+            tensors = {k: v.detach().cpu().contiguous() for k, v in denoiser.net.state_dict().items()}
+            save_file(tensors, student / "student.safetensors")
+            (student / "diffdistill.json").write_text(json.dumps(info, indent=1))
+            return None
+        from diffdistill.export import export_student
+
+        export_student(
+            student, teacher_pipe=teacher.pipe, family=teacher.family, weights=denoiser.net.unet,
+            sampler=engine.method.sampler(), info=info,
+        )  # fmt: skip
+    print(f"student: {student}")
+    evaluation = None
+    if cfg.evaluate.at_end and teacher.info.get("protocol"):
+        evaluation = judge(student, folder / "eval" / f"step_{engine.step:06d}.json", cfg.evaluate.n)
+    if cfg.report:
+        from diffdistill.eval.report import write_report
+
+        print(f"report: {write_report([folder])}")
+    return evaluation
+
+
+def judge(student: Path, out: Path, n: int | None) -> dict[str, Any]:
+    """Evaluate a student folder under its protocol and add the numbers to its card."""
+    from diffdistill.card import write_card
+    from diffdistill.eval.evaluate import evaluate
+    from diffdistill.pipelines.loading import load_pipeline
+
+    result = evaluate(load_pipeline(student), n=n, out=out)
+    info = json.loads((student / "diffdistill.json").read_text())
+    info["metrics"] = result["records"]
+    (student / "diffdistill.json").write_text(json.dumps(info, indent=1))
+    write_card(student, info)
+    for record in result["records"]:
+        print(f"  {record['metric']:<12} {record['value']:.4f}   (n={record['n']}, {record['protocol']})")
+    return result
+
+
+def student_info(cfg: RunConfig, engine: Engine, teacher: Teacher, argv: list[str]) -> dict[str, Any]:
+    """What the student's diffdistill.json says."""
+    sampler: Sampler = engine.method.sampler()
+    own = {k: teacher.info.get(k) for k in ("world", "protocol", "licence")}
+    return own | {
+        "kind": "student",
+        "name": f"{teacher.name}-{cfg.method_name}-{len(sampler.times)}step",
+        "family": teacher.family,
+        "steps": len(sampler.times),
+        "times": list(sampler.times),
+        "renoise": sampler.renoise,
+        "guidance": 0,
+        "method": cfg.method_name,
+        "paper": type(engine.method).paper,
+        "teacher": teacher.name,
+        "teacher_steps": teacher.info.get("steps"),
+        "teacher_guidance": getattr(cfg.method, "guidance", None),
+        "data": cfg.data.name or teacher.info.get("world"),
+        "command": " ".join(["diffdistill", "train", *[a for a in argv if "=" in a]]),
+        "train": {
+            "steps": engine.step,
+            "batch_size": cfg.train.batch_size,
+            "images": engine.images,
+            "seconds": round(engine.seconds, 1),
+            "network_passes": engine.passes,
+            "peak_memory_gib": round(peak_memory_gib(), 2),
+            "processes": engine.acc.num_processes,
+            "device": device_name(engine.acc.device),
+        },
+        "metrics": [],
+    }
+
+
+def peak_memory_gib() -> float:
+    """Peak of this process: device memory if there is a GPU, else resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def set_threads(threads: int, accelerator: Accelerator) -> None:
+    """Cores / local processes: `accelerate launch` exports OMP_NUM_THREADS=1 on a CPU."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(threads or max(1, cores // local))
+
+
+def writable(folder: Path) -> Path:
+    """Create the folder, or say why it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror}. Set run.root=DIR.") from error
+    return folder
+
+
+def _write_config(folder: Path, cfg: RunConfig, provenance: Mapping[str, str], argv: list[str]) -> None:
+    (folder / "config.yaml").write_text(to_yaml(cfg))
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "checkout"
+    lock = {
+        "command": argv, "provenance": dict(provenance), "versions": versions,
+        "python": platform.python_version(), "platform": platform.platform(),
+    }  # fmt: skip
+    (folder / "config.lock.json").write_text(json.dumps(lock, indent=1))
+
+
+def _last_evaluation(folder: Path) -> dict[str, Any] | None:
+    files = sorted((folder / "eval").glob("step_*.json"))
+    return json.loads(files[-1].read_text()) if files else None

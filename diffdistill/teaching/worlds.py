@@ -1,0 +1,288 @@
+"""How each embedded world's teacher and judge are made; settings come from configs/teach/*.yaml."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from diffdistill import runtime
+from diffdistill.checkpoint import sha256
+from diffdistill.data import fashion, shapes
+from diffdistill.data.stream import Shuffled, TensorStream
+from diffdistill.denoiser import Runtime
+from diffdistill.method import Batch
+from diffdistill.teaching import autoencoder, classifier, clip, diffusion
+from diffdistill.teaching.convert import clip_text_model
+from diffdistill.teaching.tokenizer import word_tokenizer
+
+Settings = dict[str, Any]
+Train = Callable[..., nn.Module]
+
+
+def shapes_sd(settings: Settings, folder: Path, accelerator: Accelerator, train: Train) -> Path:
+    """The judge `shapes-clip` and the teacher `shapes-sd`: CLIP, autoencoder, UNet."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    from diffdistill.teachers import sd
+
+    scenes = [shapes.scene(i) for i in range(settings["scenes"])]
+    images = torch.cat([shapes.render(scenes[i : i + 2000]) for i in range(0, len(scenes), 2000)])
+    judge, tokenizer = _clip(settings, scenes, images, folder, accelerator, train)
+    text = clip_text_model(judge, bos=tokenizer.bos_token_id, eos=tokenizer.eos_token_id)
+    vae = _autoencoder(settings, images, folder, accelerator, train)
+
+    torch.manual_seed(0)
+    unet = _unet(settings["unet"])
+    scheduler = DDIMScheduler(
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+        clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading",
+    )  # fmt: skip
+    pipe = StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    latents = sd.encode_images(pipe, images)
+    captions = sorted({s.caption for s in scenes})
+    number = {c: i for i, c in enumerate(captions)}
+    index = torch.tensor([number[s.caption] for s in scenes])
+    table = sd.encode_prompts(pipe, captions)
+    denoiser = sd.sd_denoiser(
+        unet, scheduler.alphas_cumprod, "epsilon", sd.encode_prompts(pipe, [""])
+    )
+    stream = TensorStream(
+        len(latents), denoiser.shape, {"text": lambda i: table[index[i]]}, x=latents,
+        device=accelerator.device,
+    )  # fmt: skip
+    _fast(denoiser, stream.batch(0, 0, range(settings["diffusion"]["batch_size"]), 64))
+    method = diffusion.Diffusion(diffusion.Config(), denoiser)
+    train("diffusion", method, denoiser, stream, settings["diffusion"], folder, accelerator)
+    out = folder / "teachers" / "shapes-sd"
+    unet.half()
+    vae.half()
+    pipe.save_pretrained(out)
+    _card(
+        out,
+        {
+            "kind": "teacher", "name": "shapes-sd", "world": "shapes", "protocol": "shapes-v1",
+            "family": "sd", "steps": 25, "guidance": settings["guidance"], "licence": "Apache-2.0",
+        },
+        settings,
+        "A Stable Diffusion pipeline in miniature, for the procedural world `shapes`: text tower of "
+        "the small CLIP, AutoencoderKL with 4x downsampling, UNet2DConditionModel, eps-prediction.",
+    )  # fmt: skip
+    return out
+
+
+def _unet(settings: Settings) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    widths = tuple(settings["widths"])
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=widths,
+        down_block_types=("CrossAttnDownBlock2D",) * len(widths),
+        up_block_types=("CrossAttnUpBlock2D",) * len(widths),
+        cross_attention_dim=96, attention_head_dim=2, norm_num_groups=16,
+    )  # fmt: skip
+
+
+def _autoencoder(
+    settings: Settings, images: Tensor, folder: Path, accelerator: Accelerator, train: Train
+) -> nn.Module:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=4, layers_per_block=1, sample_size=32,
+        block_out_channels=tuple(settings["vae"]["widths"]), norm_num_groups=16,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+    )  # fmt: skip
+    codec = autoencoder.Codec(vae)
+    codec.runtime = Runtime("bf16" if _bf16_is_native() else "fp32", False, "math")
+    x = images[: settings["vae"]["images"]].float() / 127.5 - 1
+    method = autoencoder.Autoencoder(autoencoder.Config())
+    stream = TensorStream(len(x), (3, 32, 32), {}, x=x, device=accelerator.device)
+
+    def check() -> str:
+        with torch.no_grad():
+            error = vae.decode(vae.encode(x[:64]).latent_dist.mean).sample - x[:64]
+        return f"PSNR {10 * torch.log10(4 / error.square().mean()):.2f} dB"
+
+    train("autoencoder", method, codec, stream, settings["autoencoder"], folder, accelerator, check)
+    if "decoder" in settings:  # the latents stay as they are, the decoder gets sharper
+        codec.freeze_encoder()
+        train("decoder", method, codec, stream, settings["decoder"], folder, accelerator, check)
+    raw = autoencoder.encode(vae, images[:3000]) / vae.config.scaling_factor
+    vae.register_to_config(scaling_factor=float(1 / raw.std()))
+    return vae
+
+
+def _clip(
+    settings: Settings,
+    scenes: list[shapes.Scene],
+    images: Tensor,
+    folder: Path,
+    accelerator: Accelerator,
+    train: Train,
+) -> tuple[nn.Module, Any]:
+    from open_clip.model import CLIP
+
+    out = folder / "judges" / "shapes-clip"
+    tokenizer = word_tokenizer(shapes.vocabulary(), out / "tokenizer", max_length=16)
+    tower = settings["clip"]
+    model_cfg = {
+        "embed_dim": tower["width"],
+        "vision_cfg": {
+            "layers": tower["layers"], "width": tower["width"], "head_width": 32,
+            "patch_size": 4, "image_size": 32,
+        },
+        "text_cfg": {
+            "context_length": 16, "vocab_size": len(tokenizer), "width": tower["width"],
+            "heads": tower["width"] // 32, "layers": tower["layers"],
+        },
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = CLIP(**model_cfg)
+    towers = clip.Towers(model)
+    towers.runtime = Runtime("bf16" if _bf16_is_native() else "fp32", False, "math")
+
+    def ids(texts: list[str]) -> Tensor:
+        return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+    own = ids([s.caption for s in scenes])
+    order = Shuffled(len(scenes), 0)
+
+    class Captions:
+        def batch(self, step: int, draw: int, rows: range, batch_size: int) -> Batch:
+            at = order.indices(step, draw, rows, batch_size)
+            rng = np.random.default_rng([step, draw, rows.start])
+            hard = ids([shapes.altered_caption(scenes[i].record, rng) for i in at.tolist()])
+            x = images[at].float() / 127.5 - 1
+            return Batch(len(rows), (3, 32, 32), {}, x=x, extra={"ids": own[at], "hard_ids": hard})
+
+    test = [shapes.scene(i, "test") for i in range(1200)]
+    rng = np.random.default_rng(0)
+    pixels = shapes.render(test).float() / 127.5 - 1
+    right = ids([s.caption for s in test])
+    wrong = ids([shapes.altered_caption(s.record, rng) for s in test])
+
+    def check() -> str:
+        with torch.no_grad():
+            image, text = towers(pixels, right)
+            _, other = towers(pixels, wrong)
+        better = (image * text).sum(1) > (image * other).sum(1)
+        return f"right caption preferred to an altered one: {better.float().mean():.3f}"
+
+    method = clip.Contrastive(clip.Config())
+    train("clip", method, towers, Captions(), settings["contrastive"], folder, accelerator, check)
+    (out / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg}, indent=1))
+    state = {k: v.contiguous() for k, v in model.state_dict().items()}
+    save_file(state, out / "open_clip_model.safetensors")
+    _card(
+        out, {"kind": "judge", "name": "shapes-clip", "licence": "Apache-2.0"}, settings,
+        f"A small CLIP for the world `shapes`. On 1,200 test scenes, {check()}.",
+    )  # fmt: skip
+    return model, tokenizer
+
+
+def fashion_edm(settings: Settings, folder: Path, accelerator: Accelerator, train: Train) -> Path:
+    """The judge `fashion-classifier` and the teacher `fashion-edm`."""
+    from diffusers import UNet2DModel
+
+    from diffdistill.pipelines.edm import EDMPipeline
+    from diffdistill.pipelines.scheduler import HeunEDMScheduler
+    from diffdistill.teachers.unet import edm_denoiser
+
+    pixels, labels = fashion.load("train")
+    x = pixels.float() / 127.5 - 1
+    _classifier(settings, x, labels, folder, accelerator, train)
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, norm_num_groups=16,
+        block_out_channels=tuple(settings["unet"]["widths"]), num_class_embeds=11,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"), attention_head_dim=32,
+    )  # fmt: skip
+    denoiser = edm_denoiser(unet, size=28, fold=2, sigma_data=0.5)
+    stream = TensorStream(
+        len(x), (1, 28, 28), {"label": lambda i: labels[i]}, x=x, device=accelerator.device
+    )
+    _fast(denoiser, stream.batch(0, 0, range(settings["diffusion"]["batch_size"]), 64))
+    method = diffusion.Diffusion(diffusion.Config(times="lognormal"), denoiser)
+    train("diffusion", method, denoiser, stream, settings["diffusion"], folder, accelerator)
+    out = folder / "teachers" / "fashion-edm"
+    unet.half()
+    pipe = EDMPipeline(unet, HeunEDMScheduler(), size=28, fold=2, sigma_data=0.5, num_classes=10)
+    pipe.save_pretrained(out)
+    _card(
+        out,
+        {
+            "kind": "teacher", "name": "fashion-edm", "world": "fashion", "family": "edm",
+            "protocol": "fashion-v1", "steps": 18, "guidance": settings["guidance"],
+            "licence": "MIT (data), Apache-2.0 (weights)",
+        },
+        settings,
+        "A class-conditional UNet2DModel with EDM preconditioning on Fashion-MNIST, 28x28, folded "
+        "space-to-depth to 16x16x4; 10 classes and a null class (10 % label dropout).",
+    )  # fmt: skip
+    return out
+
+
+def _classifier(
+    settings: Settings,
+    x: Tensor,
+    labels: Tensor,
+    folder: Path,
+    accelerator: Accelerator,
+    train: Train,
+) -> None:
+    from diffdistill.eval.features import FashionClassifier
+
+    torch.manual_seed(0)
+    net = FashionClassifier()
+    test, test_labels = fashion.load("test")
+
+    def check() -> str:
+        return f"test accuracy {(net.predict(test) == test_labels).float().mean():.4f}"
+
+    stream = TensorStream(
+        len(x), (1, 28, 28), {"label": lambda i: labels[i]}, x=x, device=accelerator.device
+    )
+    method = classifier.Classification(classifier.Config())
+    train("classifier", method, net, stream, settings["classifier"], folder, accelerator, check)
+    out = folder / "judges" / "fashion-classifier"
+    net.save(out)
+    _card(
+        out, {"kind": "judge", "name": "fashion-classifier", "licence": "Apache-2.0"}, settings,
+        f"A small CNN on the Fashion-MNIST training set, {check()}. It never trains or guides a "
+        "student; its 64 penultimate activations are the features of protocol fashion-v1.",
+    )  # fmt: skip
+
+
+def _fast(denoiser: Any, batch: Batch) -> None:
+    chosen, _ = runtime.choose(denoiser, batch, runtime.PrecisionConfig())
+    runtime.apply(denoiser, chosen)
+    print(f"execution: {asdict(chosen)}")
+
+
+def _bf16_is_native() -> bool:
+    return torch.cpu._is_amx_tile_supported() if hasattr(torch.cpu, "_is_amx_tile_supported") else False
+
+
+def _card(folder: Path, info: Settings, settings: Settings, text: str) -> None:
+    """diffdistill.json and README.md of a teacher or judge."""
+    weights = {str(p.relative_to(folder)): sha256(p)[:12] for p in sorted(folder.rglob("*.safetensors"))}
+    command = f"diffdistill teach recipe={settings['recipe']}"
+    record = info | {"command": command, "recipe": settings, "weights": weights}
+    (folder / "diffdistill.json").write_text(json.dumps(record, indent=1) + "\n")
+    lines = [f"# {info['name']}", "", text, "", f"Made by `{command}` with", "", "```json"]
+    lines += [json.dumps(settings, indent=1), "```", "", f"Licence: {info['licence']}.", ""]
+    (folder / "README.md").write_text("\n".join(lines))
