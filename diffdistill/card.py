@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+ADAPTER = "pytorch_lora_weights.safetensors"
 COLUMNS = ("metric", "value", "n", "m", "protocol", "feature net", "steps", "guidance", "reference")
 
 
-def model_card(info: Mapping[str, Any], call: str, *, note: str = "", lora: bool = False) -> str:
-    """README.md of a student folder.
+def write_card(folder: Path, info: Mapping[str, Any]) -> None:
+    """README.md of an exported student; call it again when `info` (its metrics) changes."""
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    stock = info["family"] == "sd" and config["_class_name"] == "LCMScheduler"
+    card = model_card(info, stock=stock, lora=(folder / ADAPTER).is_file())
+    aside = folder / ".README.partial"
+    aside.write_text(card, encoding="utf-8")
+    aside.replace(folder / "README.md")
+
+
+def model_card(info: Mapping[str, Any], *, stock: bool = True, lora: bool = False) -> str:
+    """The card as text.
 
     Args:
-        info: its diffdistill.json.
-        call: python that samples it with stock diffusers.
-        note: what must be known about that call.
+        info: the student's diffdistill.json.
+        stock: it samples without diffdistill.
+        lora: an adapter lies beside the fused weights.
     """
     steps = info["steps"]
     rows = {
@@ -31,21 +43,23 @@ def model_card(info: Mapping[str, Any], call: str, *, note: str = "", lora: bool
         "licence": info.get("licence"),
     }
     table = "\n".join(f"| {k} | {_cell(v)} |" for k, v in rows.items() if v not in (None, ""))
+    call, note = _call(info, stock)
+    prompt = '"a photo of a red circle"' if info["family"] == "sd" else "3"
     parts = [
         _header(info),
         f"# {info['name']}",
         f"A {steps}-step student of `{info.get('teacher')}`, distilled with "
         f"`{info.get('method')}` by diffdistill.",
         f"| | |\n|---|---|\n{table}",
-        f"## Use\n\n```python\n{call.strip()}\n```",
+        f"## Use\n\n```python\n{call}\n```",
         note,
         "With diffdistill installed the defaults are set and other step counts are refused:\n\n"
         "```python\nfrom diffdistill.pipelines.loading import load_student\n\n"
-        f"image = load_student(\"FOLDER\")({_condition(info)}).images[0]\n```",
+        f'image = load_student("FOLDER")({prompt}).images[0]\n```',
     ]
     if lora:
         parts.append(
-            "`pytorch_lora_weights.safetensors` is the same student as an adapter for its teacher: "
+            f"`{ADAPTER}` is the same student as an adapter for its teacher: "
             '`pipe.load_lora_weights("FOLDER")`, with the scheduler of this folder.'
         )
     parts.append("## Metrics\n\n" + metrics_table(info.get("metrics") or []))
@@ -53,7 +67,7 @@ def model_card(info: Mapping[str, Any], call: str, *, note: str = "", lora: bool
         parts.append(f"## Made by\n\n```\n{info['command']}\n```")
     if info.get("citation"):
         parts.append(f"## Citation\n\n```\n{str(info['citation']).strip()}\n```")
-    return "\n\n".join(p for p in parts if p) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def metrics_table(records: Sequence[Mapping[str, Any]]) -> str:
@@ -89,8 +103,32 @@ def _training(train: Mapping[str, Any]) -> str:
     return ", ".join(form.format(train[k]) for k, form in units if train.get(k) is not None)
 
 
-def _condition(info: Mapping[str, Any]) -> str:
-    return '"a photo of a red circle"' if info["family"] == "sd" else "3"
+def _call(info: Mapping[str, Any], stock: bool) -> tuple[str, str]:
+    """The python that samples the student, and what must be known about it."""
+    steps = info["steps"]
+    if info["family"] == "edm":
+        call = (
+            "from diffdistill.pipelines.edm import EDMPipeline\n\n"
+            'pipe = EDMPipeline.from_pretrained("FOLDER")\nimage = pipe(3).images[0]'
+        )
+        return call, "The argument is a class label. Other step counts are refused."
+    call = (
+        "from diffusers import StableDiffusionPipeline\n\n"
+        'pipe = StableDiffusionPipeline.from_pretrained("FOLDER")\nimage = pipe(\n'
+        f'    "a photo of a red circle", num_inference_steps={steps}, guidance_scale=0\n).images[0]'
+    )
+    if stock:
+        note = (
+            "Needs diffusers only. Always give both arguments: stock pipelines have defaults of "
+            f"their own, and the stock scheduler refuses only step counts above {steps}."
+        )
+        return call, note
+    note = (
+        "No stock scheduler takes these steps, so diffdistill must be importable. Near equivalent "
+        "without it: `pipe.scheduler = LCMScheduler(...)` with the teacher's betas and "
+        f"`pipe(prompt, timesteps={[round(t) for t in info['times']]}, guidance_scale=0)`."
+    )
+    return call, note
 
 
 def _cell(value: Any) -> str:

@@ -32,6 +32,9 @@ def guarded(call: Callable[[], int | None]) -> int:
         return call() or 0
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # diffdistill list | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
     except Exception as error:
         line = _users_fault(error)
         if line is None or os.environ.get("DIFFDISTILL_TRACE"):
@@ -124,8 +127,9 @@ def list_(args: argparse.Namespace) -> None:
         return print(json.dumps(rows, indent=2))
     for row in rows:
         print(f"{row.pop('name'):<14} {row.pop('about')}")
-        if more := "; ".join(f"{k}: {v}" for k, v in row.items() if v not in ("", [], None)):
-            print(f"{'':<14} {more}")
+        for key, value in row.items():
+            if value not in ("", [], None):
+                print(f"{'':<14} {key}: {', '.join(value) if isinstance(value, list) else value}")
 
 
 def config(args: argparse.Namespace) -> None:
@@ -166,7 +170,9 @@ def sample(args: argparse.Namespace) -> None:
 
 def _conditions(args: argparse.Namespace, info: dict[str, Any]) -> list:
     """Prompts or labels: as given, else those of the pipeline's world."""
-    prompts = [*args.prompt, *(_lines(args.prompts) if args.prompts else ())]
+    from diffdistill.data import prepare, shapes
+
+    prompts = [*args.prompt, *(prepare.read_prompts(args.prompts) if args.prompts else ())]
     labels = [label.strip() for label in args.labels.split(",")] if args.labels else []
     if odd := [label for label in labels if not label.isdecimal()]:
         raise ValueError(f"--labels has {odd[0]!r}. Give class numbers, such as --labels 0,1,2")
@@ -176,20 +182,9 @@ def _conditions(args: argparse.Namespace, info: dict[str, Any]) -> list:
         return prompts or [int(label) for label in labels]
     if info["family"] == "edm":
         return [i % 10 for i in range(20)]
-    if info.get("world") != "shapes":
-        raise ValueError(f"what shall {args.pipeline} draw? Give --prompt TEXT or --prompts FILE")
-    from diffdistill.data.shapes import scene
-
-    return [scene(i, "test").caption for i in range(args.num or 18)]
-
-
-def _lines(file: str) -> list[str]:
-    if not Path(file).is_file():
-        raise ValueError(f"prompt file {file!r} does not exist")
-    lines = [stripped for line in Path(file).read_text().splitlines() if (stripped := line.strip())]
-    if not lines:
-        raise ValueError(f"prompt file {file!r} has no prompts. Give one per line")
-    return lines
+    if info.get("world") == "shapes":
+        return [shapes.scene(i, "test").caption for i in range(args.num or 18)]
+    raise ValueError(f"what shall {args.pipeline} draw? Give --prompt TEXT or --prompts FILE")
 
 
 def _device() -> str:
@@ -214,5 +209,4 @@ def evaluate(args: argparse.Namespace) -> None:
 def report(args: argparse.Namespace) -> None:
     from diffdistill.eval.report import write_report
 
-    out = Path(args.out) if args.out else Path(args.runs[0]) / "report"
-    print(write_report([Path(run) for run in args.runs], out))
+    print(write_report(args.runs, args.out))

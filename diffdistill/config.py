@@ -28,6 +28,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from diffdistill import assets
+from diffdistill.data.prepare import DataConfig
 from diffdistill.ema import EmaConfig
 from diffdistill.engine import OptimConfig, TrainConfig
 from diffdistill.method import MethodConfig
@@ -56,30 +57,6 @@ class RunSection:
 class TeacherConfig:
     name: str = MISSING  # embedded name, folder, or hub id
     guidance: float | None = None  # None: the teacher's own
-
-
-@dataclass
-class DataConfig:
-    name: str | None = None  # shapes, fashion, prompts, folder
-    size: int = 20_000  # images that are prepared
-    split: str = "train"
-    prompts: str | None = None  # text file, one prompt per line
-    folder: str | None = None  # image folder
-
-    def validate(self) -> None:
-        if self.prompts is not None and not Path(self.prompts).is_file():
-            raise ValueError(
-                f"prompt file {self.prompts!r} does not exist. Set data.prompts to a text file "
-                "with one prompt per line."
-            )
-        if self.folder is not None and not Path(self.folder).is_dir():
-            raise ValueError(
-                f"image folder {self.folder!r} does not exist. Set data.folder to a folder of "
-                "images."
-            )
-        for name, value in (("prompts", self.prompts), ("folder", self.folder)):
-            if self.name == name and value is None:
-                raise ValueError(f"data={name} needs data.{name}=PATH")
 
 
 @dataclass
@@ -147,8 +124,8 @@ ALLOWED = {
     "0 or more, less than 1": lambda v: 0 <= v < 1,
 }
 RULES = {
-    "teacher.guidance": "0 or more", "data.size": "1 or more", "train.steps": "1 or more",
-    "train.batch_size": "1 or more", "train.micro_batch": "0 or more",
+    "teacher.guidance": "0 or more", "train.steps": "1 or more", "train.batch_size": "1 or more",
+    "train.micro_batch": "0 or more",
     "train.max_skipped": "1 or more", "student.lora_rank": "0 or more",
     "checkpoint.every": "0 or more", "checkpoint.keep": "1 or more", "log.every": "1 or more",
     "log.samples_every": "0 or more", "evaluate.n": "2 or more", "evaluate.every": "0 or more",

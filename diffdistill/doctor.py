@@ -187,10 +187,12 @@ def _pieces() -> list[str]:
     for name in ("shapes-sd", "fashion-edm"):
         rows.append((f"teacher {name}", _teacher(name), f"train teacher={name}"))
     for protocol, judge in JUDGES.items():
-        rows.append((f"judge {judge}", _judge(judge), f"evaluate --protocol {protocol}"))
-        rows.append((f"reference {protocol}", _reference(protocol), f"evaluate --protocol {protocol}"))
+        use = f"evaluate --protocol {protocol}"
+        rows.append((f"judge {judge}", _judge(judge), use))
+        rows.append((f"reference {protocol}", _reference(protocol), use))
     rows.append(("data fashion", _fashion(), "train data=fashion, teach recipe=fashion-edm"))
-    return [f"{what:<26} {'ok' if why is None else f'missing ({why}); for: {use}'}" for what, why, use in rows]
+    said = lambda why, use: "ok" if why is None else f"missing ({why}); for: {use}"  # noqa: E731
+    return [f"{what:<26} {said(why, use)}" for what, why, use in rows]
 
 
 def _needs(argv: Sequence[str]) -> list[tuple[str, str | None]]:
@@ -200,13 +202,14 @@ def _needs(argv: Sequence[str]) -> list[tuple[str, str | None]]:
 
     cfg, _ = compose(argv)
     needs = get_method(cfg.method_name).needs(cfg.method)
-    found: list[tuple[str, str | None]] = [(f"teacher {cfg.teacher.name}", _teacher(cfg.teacher.name))]
+    teacher = cfg.teacher.name
+    found: list[tuple[str, str | None]] = [(f"teacher {teacher}", _teacher(teacher))]
     if cfg.data.name == "fashion":
         found.append(("data fashion", _fashion()))
-    if needs.images and cfg.data.name in (None, "prompts"):
+    if needs.images and cfg.data.name in ("none", "prompts"):
         why = f"method {cfg.method_name} needs real images; data={cfg.data.name} has none"
         found.append(("images", why))
-    file = _teacher_folder(cfg.teacher.name) / "diffdistill.json"
+    file = _teacher_folder(teacher) / "diffdistill.json"
     protocol = json.loads(file.read_text()).get("protocol") if file.is_file() else None
     if cfg.evaluate.at_end and protocol in JUDGES:
         found += [(f"judge {JUDGES[protocol]}", _judge(JUDGES[protocol]))]

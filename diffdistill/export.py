@@ -19,7 +19,7 @@ from diffusers import (
     UNet2DModel,
 )
 
-from diffdistill.card import model_card
+from diffdistill.card import write_card
 from diffdistill.method import Sampler
 from diffdistill.pipelines.edm import EDMPipeline
 from diffdistill.pipelines.loading import INFO
@@ -73,27 +73,9 @@ def export_student(
     if lora:
         _save_adapter(weights, aside)
     (aside / INFO).write_text(json.dumps(full, indent=1))
-    call, note = _call(full, scheduler)
-    (aside / "README.md").write_text(model_card(full, call, note=note, lora=lora))
+    write_card(aside, full)
     _replace(folder, aside)
     return folder
-
-
-def update_info(folder: str | Path, **changes: Any) -> None:
-    """Change diffdistill.json (metrics, say) of an exported student, and its card with it."""
-    folder = Path(folder)
-    info = json.loads((folder / INFO).read_text()) | changes
-    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    stock = config["_class_name"] == "LCMScheduler"
-    call, note = _call(info, LCMScheduler() if stock else FewStepScheduler())
-    lora = (folder / "pytorch_lora_weights.safetensors").is_file()
-    for name, text in (
-        (INFO, json.dumps(info, indent=1)),
-        ("README.md", model_card(info, call, note=note, lora=lora)),
-    ):
-        aside = folder / f".{name}.partial"
-        aside.write_text(text)
-        aside.replace(folder / name)
 
 
 def few_step_scheduler(teacher: SchedulerMixin, sampler: Sampler) -> SchedulerMixin:
@@ -122,36 +104,6 @@ def _lcm(teacher: SchedulerMixin, sampler: Sampler) -> LCMScheduler | None:
     same_times = stock.timesteps.tolist() == list(sampler.times)
     same_noise = torch.allclose(stock.alphas_cumprod, teacher.alphas_cumprod, rtol=1e-6, atol=0)
     return stock if same_times and same_noise and sampler.times[-1] >= 1 else None
-
-
-def _call(info: Mapping[str, Any], scheduler: SchedulerMixin) -> tuple[str, str]:
-    """The python that samples the student, and what must be known about it."""
-    steps = info["steps"]
-    if info["family"] == "edm":
-        call = (
-            "from diffdistill.pipelines.edm import EDMPipeline\n\n"
-            'pipe = EDMPipeline.from_pretrained("FOLDER")\nimage = pipe(3).images[0]'
-        )
-        return call, "The argument is a class label. Other step counts are refused."
-    call = (
-        "from diffusers import StableDiffusionPipeline\n\n"
-        'pipe = StableDiffusionPipeline.from_pretrained("FOLDER")\n'
-        f'image = pipe("a photo of a red circle", num_inference_steps={steps}, guidance_scale=0)'
-        ".images[0]"
-    )
-    if isinstance(scheduler, LCMScheduler):
-        note = (
-            "Needs diffusers only. Always give both arguments: stock pipelines have defaults of "
-            f"their own, and the stock scheduler refuses only step counts above {steps}."
-        )
-        return call, note
-    times = [round(t) for t in info["times"]]
-    note = (
-        "No stock scheduler takes these steps, so diffdistill must be importable. Near equivalent "
-        "without it: `pipe.scheduler = LCMScheduler(...)` with the teacher's betas and "
-        f"`pipe(prompt, timesteps={times}, guidance_scale=0)`."
-    )
-    return call, note
 
 
 def _fused(unet: UNet2DConditionModel) -> UNet2DConditionModel:

@@ -210,7 +210,7 @@ def cost(run: Run) -> dict[str, Any]:
         "images": train.get("images", last.get("images")),
         "network_passes": train.get("network_passes"),
         "seconds": train.get("seconds", last.get("seconds")),
-        "peak_memory": train.get("peak_memory"),  # bytes
+        "peak_memory_gib": train.get("peak_memory_gib"),
     }
 
 
@@ -256,7 +256,7 @@ def render(
         of = f" · {run.name}" if many else ""
         body.append(section(f"From the same noise{of}", grids(run)))
         body.append(section(f"Prompt by prompt{of}", verdict_pictures(run)))
-        body.append(section(f"Training{of}", curves(run)))
+        body.append(section(f"Training{of}", curves(run, teachers)))
     body.append(section("Cost", cost_table(runs)))
     for run in runs:
         of = f" · {run.name}" if many else ""
@@ -322,7 +322,12 @@ def comparison(protocol: str, teacher: Sequence[Row], runs: Sequence[Run]) -> st
     ]
     rows = [row for row in (*teacher, *students) if row.records]
     columns = list(dict.fromkeys(key(r) for row in reversed(rows) for r in row.records))
-    head = "".join(f"<th>{_column(c)}</th>" for c in columns)
+    groups = list(dict.fromkeys(c[2:4] + c[5:] for c in columns))
+    letter = lambda c: chr(ord("A") + groups.index(c[2:4] + c[5:]))  # noqa: E731
+    head = "".join(
+        f"<th>{esc(name(c[0]))}{_arrow(c[0])}<small>n {c[4]:,} · {letter(c)}</small></th>"
+        for c in columns
+    )
     lines = []
     for row in rows:
         values = {key(r): r for r in row.records}
@@ -336,27 +341,28 @@ def comparison(protocol: str, teacher: Sequence[Row], runs: Sequence[Run]) -> st
             f"<td>{first['steps']}</td><td>{first['nfe']}</td>"
             f"<td>{first['guidance']:g}</td>{cells}</tr>"
         )
+    legend = "".join(f"<li><b>{chr(ord('A') + i)}</b> {_group(g)}</li>" for i, g in enumerate(groups))
     note = (
-        "Numbers stand in one column only where metric, protocol, feature network, resizing, n, "
-        "number of reference images and reference file agree."
+        "Numbers stand in one column only where metric, protocol, n, feature network, resizing and "
+        f"reference images agree.<ul>{legend}</ul>"
     )
     return (
         f'<div class="scroll"><table><thead><tr><th></th><th>steps</th><th>passes</th>'
         f"<th>guidance</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
-        f'<p class="dim small">{note}</p>{tasks_table(teacher, runs, protocol)}'
+        f'<div class="dim small">{note}</div>{tasks_table(teacher, runs, protocol)}'
     )
 
 
-def _column(column: tuple) -> str:
-    metric, _, net, resize, n, m, reference = column
-    arrow = " ↓" if metric in LOWER else " ↑" if metric in NAMES else ""
-    facts = [f"n {n:,}"]
-    facts += [f"of {m:,}"] if m else []
-    facts += [str(net)] if net else []
-    facts += [f"resize {resize}"] if resize not in (None, "none") else []
-    facts += [f"ref {str(reference)[:8]}"] if reference else []
-    small = "".join(f"<small>{esc(f)}</small>" for f in facts)
-    return f"{esc(name(metric))}{arrow}{small}"
+def _arrow(metric: str) -> str:
+    return " ↓" if metric in LOWER else " ↑" if metric in NAMES else ""
+
+
+def _group(group: tuple) -> str:
+    net, resize, m, reference = group
+    facts = [f"judged by {net}"] if net else []
+    facts += [f"{m:,} reference images ({str(reference)[:12]})"] if m else []
+    facts += [f"resize {resize}"] if resize else []
+    return esc(", ".join(facts))
 
 
 def tasks_table(teacher: Sequence[Row], runs: Sequence[Run], protocol: str) -> str:
@@ -388,16 +394,16 @@ def grids(run: Run) -> str:
     if len(steps) > 4:
         steps = [steps[round(i * (len(steps) - 1) / 3)] for i in range(4)]
     figures = [("teacher", run.teacher_grid)] if run.teacher_grid else []
-    for step in reversed(steps):
-        figures.append(
-            ("student before training" if step == 0 else f"student, step {step:,}", run.samples[step])
-        )  # fmt: skip
-    inner = "".join(
+    for step in (*steps[-1:], *steps[:-1]):
+        label = "student before training" if step == 0 else f"student, step {step:,}"
+        figures.append((label, run.samples[step]))
+    shown = [
         f'<figure><img alt="{esc(label)}" src="{data_uri(path.read_bytes())}">'
         f"<figcaption>{esc(label)}</figcaption></figure>"
         for label, path in figures
-    )
-    return f'<div class="grids">{inner}</div>' if figures else ""
+    ]
+    blocks = (("grids two", shown[:2]), ("grids", shown[2:]))  # the result, then how it came about
+    return "".join(f'<div class="{css}">{"".join(part)}</div>' for css, part in blocks if part)
 
 
 def verdict_pictures(run: Run) -> str:
@@ -420,7 +426,7 @@ def verdict_pictures(run: Run) -> str:
         )
         right[v["tag"]] = right.get(v["tag"], 0) + bool(v["correct"])
     return "".join(
-        f"<h3>{esc(tag.replace('_', ' '))} <span>{right[tag]} of {len(figures)} right</span></h3>"
+        f"<h3>{esc(tag.replace('_', ' ').capitalize())} <span>{right[tag]} of {len(figures)} right</span></h3>"
         f'<div class="prompts">{"".join(figures)}</div>'
         for tag, figures in groups.items()
     )
@@ -442,14 +448,15 @@ def data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def curves(run: Run) -> str:
+def curves(run: Run, teachers: Mapping[str, list[Row]]) -> str:
     """Metrics, losses and gradient norms against images seen."""
     batch = run.info.get("train", {}).get("batch_size")
     charts = []
-    metrics = metric_series(run, batch)
-    for metric, points in metrics.items():
+    full = [(metric_label(r), full_teacher(r, teachers)) for r in run.records]
+    levels = {label: r["value"] for label, r in full if r is not None}
+    for metric, points in metric_series(run, batch).items():
         if len(points) > 1:
-            charts.append(chart(metric, {"student": points}, dots=True))
+            charts.append(chart(metric, {"student": points}, dots=True, level=levels.get(metric)))
     losses: dict[str, dict[str, Points]] = {}
     norms: dict[str, Points] = {}
     for row in run.log:
@@ -464,7 +471,9 @@ def curves(run: Run) -> str:
                 losses.setdefault(column, {}).setdefault(item, []).append(point)
     charts += [chart(f"loss {column}", series) for column, series in losses.items()]
     charts += [chart("gradient norm", norms)] if norms else []
-    note = f"<p>{run.damaged} damaged lines of metrics.jsonl are left out.</p>" if run.damaged else ""
+    note = ""
+    if run.damaged:
+        note = f'<p class="dim small">damaged lines of metrics.jsonl, left out: {run.damaged}</p>'
     return (f'<div class="charts">{"".join(charts)}</div>' if charts else "") + note
 
 
@@ -475,49 +484,77 @@ def metric_series(run: Run, batch: int | None) -> dict[str, Points]:
     for step in sorted(run.evals):
         for r in run.evals[step]["records"]:
             if key(r) in newest and r["metric"] in (*HEADLINES, "clip", "kd", "recall", "coverage"):
-                label = f"{name(r['metric'])}, n {r['n']:,}"
-                series.setdefault(label, []).append((step * (batch or 1), r["value"]))
+                series.setdefault(metric_label(r), []).append((step * (batch or 1), r["value"]))
     return series
 
 
-def chart(title: str, series: Mapping[str, Points], *, dots: bool = False) -> str:
-    """A line chart as inline SVG; the vertical axis is logarithmic where values span decades."""
+def metric_label(record: Record) -> str:
+    return f"{name(record['metric'])}, n {record['n']:,}"
+
+
+def chart(
+    title: str, series: Mapping[str, Points], *, dots: bool = False, level: float | None = None
+) -> str:
+    """A line chart as inline SVG, against images seen; logarithmic where values span decades.
+
+    Args:
+        level: the teacher's value, drawn dashed.
+    """
     series = {k: thin([p for p in v if math.isfinite(p[1])]) for k, v in series.items()}
     series = {k: v for k, v in series.items() if v}
     if not series:
         return ""
     xs, ys = ([p[i] for points in series.values() for p in points] for i in (0, 1))
-    log = min(ys) > 0 and max(ys) / min(ys) > 30
+    ys += [level] if level is not None and math.isfinite(level) else []
+    log = min(ys) > 0 and max(ys) / min(ys) > 15
     f = math.log10 if log else float
     low, high = f(min(ys)), f(max(ys))
     pad = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     low, high = low - pad, high + pad
-    left, right, top, bottom = 46.0, 352.0, 12.0, 150.0
+    left, right, top, bottom = 42, 352, 10, 146
     x0, x1 = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
     px = lambda x: left + (x - x0) / (x1 - x0) * (right - left)  # noqa: E731
     py = lambda y: bottom - (f(y) - low) / (high - low) * (bottom - top)  # noqa: E731
     parts = []
-    for i in range(4):
-        v = low + (high - low) * (i + 0.5) / 4
-        y = bottom - (v - low) / (high - low) * (bottom - top)
-        parts.append(f'<line class="rule" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 3:.1f}" class="end">{short(10**v if log else v)}</text>')
-    for i, anchor in ((0, "start"), (0.5, "mid"), (1, "end")):
-        x = x0 + (x1 - x0) * i
-        parts.append(f'<text x="{px(x):.1f}" y="{bottom + 16}" class="{anchor}">{short(x)}</text>')
+    for v in ticks(low, high, log):
+        parts.append(
+            f'<line class="rule" x1="{left}" x2="{right}" y1="{py(v):.1f}" y2="{py(v):.1f}"/>'
+            f'<text x="{left - 6}" y="{py(v) + 3:.1f}" class="end">{short(v)}</text>'
+        )
+    for x, anchor in ((x0, "start"), ((x0 + x1) / 2, "mid"), (x1, "end")):
+        label = short(x) + (" images" if anchor == "end" else "")
+        parts.append(f'<text x="{px(x):.1f}" y="{bottom + 16}" class="{anchor}">{label}</text>')
+    if level is not None and math.isfinite(level):
+        y = py(level)
+        parts.append(
+            f'<line class="level" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text x="{right}" y="{y - 4:.1f}" class="end">teacher</text>'
+        )
     for i, points in enumerate(series.values()):
         path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in points)
         parts.append(f'<polyline class="line c{i % 5}" points="{path}"/>')
-        marks = points if dots or len(points) == 1 else []
-        parts += [f'<circle class="dot c{i % 5}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="3"/>' for x, y in marks]
+        for x, y in points if dots or len(points) == 1 else []:
+            parts.append(f'<circle class="dot c{i % 5}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="3"/>')
     legend = ""
     if len(series) > 1:
         legend = " ".join(f'<span class="c{i % 5}">{esc(k)}</span>' for i, k in enumerate(series))
     return (
-        f'<figure class="chart"><figcaption>{esc(title)}{" (log)" if log else ""} {legend}</figcaption>'
-        f'<svg viewBox="0 0 360 172" role="img" aria-label="{esc(title)}">{"".join(parts)}</svg>'
-        "</figure>"
+        f'<figure class="chart"><figcaption>{esc(title)}{" (log)" if log else ""} {legend}'
+        f'</figcaption><svg viewBox="0 0 360 168" role="img" aria-label="{esc(title)}">'
+        f"{''.join(parts)}</svg></figure>"
     )
+
+
+def ticks(low: float, high: float, log: bool) -> list[float]:
+    """Round values between the ends; for `log` the ends are exponents of ten."""
+    if log:
+        exponents = range(math.floor(low), math.ceil(high) + 1)
+        found = [m * 10.0**e for e in exponents for m in (1, 2, 5) if low <= math.log10(m) + e <= high]
+        return found[:: math.ceil(len(found) / 5)]
+    size = (high - low) / 4
+    unit = 10.0 ** math.floor(math.log10(size))
+    step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= size)
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def thin(points: Points, most: int = 200) -> Points:
@@ -531,7 +568,7 @@ def short(value: float) -> str:
     for unit, scale in (("M", 1e6), ("k", 1e3)):
         if abs(value) >= scale:
             return f"{value / scale:.3g}{unit}"
-    return f"{value:.2g}"
+    return f"{value:.3g}"
 
 
 def cost_table(runs: Sequence[Run]) -> str:
@@ -539,11 +576,11 @@ def cost_table(runs: Sequence[Run]) -> str:
     for run in runs:
         c = cost(run)
         count = lambda v: "not recorded" if v is None else f"{v:,}"  # noqa: E731
-        memory = c["peak_memory"]
+        memory = c["peak_memory_gib"]
         cells = (
             count(c["steps"]), count(c["images"]), count(c["network_passes"]),
             "not recorded" if c["seconds"] is None else duration(c["seconds"]),
-            "not recorded" if memory is None else f"{memory / 2**30:.2f} GiB",
+            "not recorded" if memory is None else f"{memory:.2f} GiB",
         )  # fmt: skip
         lines.append(f"<tr><th>{esc(run.name)}</th>" + "".join(f"<td>{v}</td>" for v in cells) + "</tr>")
     head = ("", "steps", "images seen", "network passes", "wall time", "peak memory")
@@ -585,26 +622,28 @@ def picture(
     run = runs[0]
     panels = [("teacher", run.teacher_grid)] if run.teacher_grid else []
     if run.samples:
-        panels.append(("student", run.samples[max(run.samples)]))
+        panels.append(("student, same noise", run.samples[max(run.samples)]))
     bars = _bars(runs, teachers)
-    width = 4.2 * (len(panels) + bool(bars)) or 4.2
-    figure = Figure(figsize=(width, 5.0), layout="constrained")
-    title = "\n".join(textwrap.fill(v, int(width * 9)) for v in verdicts.values())
-    figure.suptitle(title, fontsize=11, x=0.02, ha="left", parse_math=False)
-    axes = figure.subplots(1, len(panels) + bool(bars), squeeze=False)[0] if panels or bars else []
-    for ax, (label, path) in zip(axes, panels, strict=False):
-        ax.imshow(Image.open(path))
-        ax.set_title(label, fontsize=10)
-        ax.axis("off")
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    title = "\n".join(textwrap.fill(v, 110) for v in verdicts.values())
+    figure.suptitle(title, fontsize=12, x=0.01, ha="left", parse_math=False)
+    left, right = figure.subfigures(1, 2, width_ratios=(1.15, 1)) if panels and bars else [figure] * 2
+    if panels:
+        axes = left.subplots(len(panels), 1, squeeze=False)[:, 0]
+        for ax, (label, path) in zip(axes, panels, strict=True):
+            ax.imshow(Image.open(path))
+            ax.set_title(label, fontsize=10, loc="left")
+            ax.axis("off")
     if bars:
-        ax = axes[-1]
         label, values = bars
+        ax = right.subplots()
         colours = ["#c8553d" if student else "#9aa5b1" for _, _, student in values]
-        drawn = ax.barh([v[0] for v in values], [v[1] for v in values], color=colours)
+        drawn = ax.barh(range(len(values)), [v[1] for v in values], color=colours)
+        ax.set_yticks(range(len(values)), [v[0] for v in values], parse_math=False)
         ax.bar_label(drawn, [number(v[1]) for v in values], padding=3, fontsize=9)
-        ax.set_title(label, fontsize=10, parse_math=False)
+        ax.set_title(label, fontsize=10, loc="left", parse_math=False)
         ax.invert_yaxis()
-        ax.margins(x=0.18)
+        ax.margins(x=0.16)
         ax.spines[["top", "right", "bottom"]].set_visible(False)
         ax.tick_params(bottom=False, labelbottom=False, left=False, labelsize=9)
     figure.savefig(file, dpi=110)
@@ -641,9 +680,10 @@ main{max-width:1080px;margin:0 auto;padding:40px 24px 80px}
 h1{font-size:25px;line-height:1.35;font-weight:650;letter-spacing:-.01em;margin:4px 0 8px;
 max-width:46em;text-wrap:pretty}
 h2{font-size:18px;font-weight:650;margin:48px 0 14px;padding-top:14px;border-top:1px solid var(--line)}
-h3{font-size:14px;font-weight:650;margin:22px 0 8px;text-transform:capitalize}
-h3 span{color:var(--dim);font-weight:400;text-transform:none;margin-left:6px}
+h3{font-size:14px;font-weight:650;margin:22px 0 8px}
+h3 span{color:var(--dim);font-weight:400;margin-left:6px}
 p{margin:0 0 6px}.dim{color:var(--dim)}.small{font-size:13px;margin-top:8px}
+ul{list-style:none;margin:4px 0 0;padding:0}
 .kicker{color:var(--dim);font-size:14px;margin-top:18px}
 .status{border:1px solid;border-radius:20px;padding:0 9px;font-size:12px;margin-left:6px;
 color:var(--dim)}
@@ -662,9 +702,10 @@ th small{display:block;color:var(--dim);font-weight:400;font-size:11px;line-heig
 tr.student{background:var(--soft)}tr.student th,tr.student td{font-weight:650}
 tr.student i{color:var(--accent);font-style:normal;font-size:12px;font-weight:500;margin-left:4px}
 figure{margin:0}figcaption{font-size:13px;color:var(--dim)}
-.grids{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:18px}
+.grids{display:grid;grid-template-columns:repeat(auto-fit,minmax(260px,1fr));gap:18px;
+margin-top:18px}.two{grid-template-columns:repeat(auto-fit,minmax(420px,1fr))}
 .grids img{width:100%;display:block;border-radius:6px}.grids figcaption{margin-top:6px}
-.prompts{display:grid;grid-template-columns:repeat(auto-fill,minmax(104px,1fr));gap:12px}
+.prompts{display:grid;grid-template-columns:repeat(auto-fill,minmax(92px,1fr));gap:10px}
 .prompts img{width:100%;display:block;image-rendering:pixelated;border-radius:5px;
 border-bottom:3px solid var(--good)}
 .prompts .wrong img{border-color:var(--bad)}
@@ -677,6 +718,7 @@ border-bottom:3px solid var(--good)}
 .chart span{font-weight:400;margin-left:8px}
 svg{width:100%;display:block}svg text{font-size:10px;fill:var(--dim)}
 .end{text-anchor:end}.mid{text-anchor:middle}.rule{stroke:var(--line)}
+.level{stroke:var(--dim);stroke-dasharray:4 3}
 .line{fill:none;stroke:currentColor;stroke-width:1.6;stroke-linejoin:round}.dot{fill:currentColor}
 .c0{color:var(--c0)}.c1{color:var(--c1)}.c2{color:var(--c2)}.c3{color:var(--c3)}.c4{color:var(--c4)}
 details{border:1px solid var(--line);border-radius:10px;margin-bottom:10px;background:var(--card)}

@@ -17,9 +17,9 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from diffdistill.card import model_card
+from diffdistill.card import model_card, write_card
 from diffdistill.denoiser import Denoiser
-from diffdistill.export import export_student, few_step_scheduler, update_info
+from diffdistill.export import export_student, few_step_scheduler
 from diffdistill.method import Sampler
 from diffdistill.pipelines.loading import load_pipeline, load_student
 from diffdistill.pipelines.scheduler import FewStepScheduler
@@ -231,7 +231,7 @@ def test_lora_student_is_an_adapter_and_a_fused_folder(teacher, tmp_path):
     lora = peft.LoraConfig(
         r=2, lora_alpha=6, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False
     )
-    unet.add_adapter(lora)
+    peft.inject_adapter_in_model(lora, unet)
     before = {k: v.clone() for k, v in unet.state_dict().items()}
     sampler = Sampler((999.0,))
     folder = export(teacher, tmp_path / "student", sampler, unet)
@@ -251,6 +251,14 @@ def test_lora_student_is_an_adapter_and_a_fused_folder(teacher, tmp_path):
     pipe.scheduler = LCMScheduler.from_pretrained(folder, subfolder="scheduler")
     call = dict(num_inference_steps=1, guidance_scale=0, generator=gens(), output_type="np")
     assert np.abs(pipe(PROMPTS, **call).images - want).max() <= 1e-4
+
+
+def test_networks_in_channels_last_are_exported(teacher, tmp_path):
+    unet, sampler = student_unet(teacher), Sampler((999.0,))
+    want = reference(teacher, unet, sampler)
+    folder = export(teacher, tmp_path / "s", sampler, unet.to(memory_format=torch.channels_last))
+    got = load_student(folder)(PROMPTS, generator=gens(), output_type="np").images
+    assert np.abs(got - want).max() <= 1e-4
 
 
 def test_export_replaces_the_old_student_and_leaves_nothing_beside(teacher, tmp_path):
@@ -285,11 +293,12 @@ def test_card_states_what_was_done_and_how_to_call_it(teacher, tmp_path):
         "diffdistill train recipe=tiny", "80 images", "Not measured yet", "| data | shapes |",
     ):  # fmt: skip
         assert wanted in card, wanted
-    update_info(folder, metrics=[RECORD])
+    info = json.loads((folder / "diffdistill.json").read_text())
+    write_card(folder, info | {"metrics": [RECORD]})
     card = (folder / "README.md").read_text()
     assert "| fd | 12.35 | 5000 | 10000 | shapes-v1 | shapes-clip:12345678 | 1 | 0 |" in card
     assert "Not measured yet" not in card and "num_inference_steps=4, guidance_scale=0" in card
-    assert json.loads((folder / "diffdistill.json").read_text())["metrics"] == [RECORD]
+    assert not list(folder.glob(".*"))
 
 
 def test_card_header_survives_any_name():
@@ -297,7 +306,7 @@ def test_card_header_survives_any_name():
         **INFO, "teacher": 'x: "y"\n---\nz | w', "family": "sd", "steps": 1, "times": [999.0],
         "renoise": "fresh", "guidance": 0,
     }  # fmt: skip
-    card = model_card(info, "call()")
+    card = model_card(info)
     header = yaml.safe_load(card.split("\n---\n")[0])
     assert header["base_model"] == 'x: "y"\n---\nz | w'
     assert "| teacher | x: \"y\" --- z \\| w |" in card

@@ -1,0 +1,147 @@
+"""For tests, ours and third parties': teachers with a closed form, tiny networks, a quick engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from diffdistill.checkpoint import Checkpoints
+from diffdistill.data.stream import TensorStream
+from diffdistill.denoiser import Denoiser
+from diffdistill.ema import EmaConfig
+from diffdistill.engine import Engine, OptimConfig, TrainConfig
+from diffdistill.method import Method
+from diffdistill.parts.rollout import sample
+from diffdistill.registry import get_method
+from diffdistill.run import make_roles
+from diffdistill.schedules import EDM, Schedule, bcast
+
+
+class GaussianNet(nn.Module):
+    """The exact denoiser of N(mean, std^2) per coordinate; mean and std are parameters.
+
+    D(z, t) = mean + alpha std^2 (z - alpha mean) / (alpha^2 std^2 + sigma^2)
+    """
+
+    def __init__(self, mean: Tensor, std: Tensor, schedule: Schedule):
+        super().__init__()
+        self.mean, self.std, self.schedule = nn.Parameter(mean), nn.Parameter(std), schedule
+
+    def forward(self, z: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+        alpha, sigma = bcast(self.schedule.alpha(t), z), bcast(self.schedule.sigma(t), z)
+        var = self.std.square()
+        gain = alpha * var / (alpha.square() * var + sigma.square())
+        return self.mean + gain * (z - alpha * self.mean)
+
+
+def gaussian(
+    mean: tuple[float, ...], std: float | tuple[float, ...], schedule: Schedule | None = None
+) -> Denoiser:
+    """A teacher whose data are N(mean, std^2), independent coordinates."""
+    schedule = schedule or EDM()
+    m = torch.tensor(mean)
+    s = torch.as_tensor(std, dtype=torch.float32).expand_as(m).clone()
+    return Denoiser(GaussianNet(m, s, schedule), schedule, "x0", shape=(len(mean),))
+
+
+class PredictionNet(nn.Module):
+    """A clean-estimate network re-expressed as eps, v or flow: tests every prediction type."""
+
+    def __init__(self, net: nn.Module, schedule: Schedule, prediction: str):
+        super().__init__()
+        self.net, self.schedule, self.prediction = net, schedule, prediction
+
+    def forward(self, z: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+        x0 = self.net(z, t, **cond)
+        alpha, sigma = bcast(self.schedule.alpha(t), z), bcast(self.schedule.sigma(t), z)
+        eps = (z - alpha * x0) / sigma
+        outs = {"x0": x0, "eps": eps, "v": alpha * eps - sigma * x0, "flow": eps - x0}
+        return outs[self.prediction]
+
+
+class TinyConvNet(nn.Module):
+    """A trainable image network with a feature layer (`mid`) and class labels."""
+
+    def __init__(self, channels: int = 1, width: int = 16, classes: int = 4):
+        super().__init__()
+        self.inp = nn.Conv2d(channels, width, 3, padding=1)
+        self.mid = nn.Sequential(nn.SiLU(), nn.Conv2d(width, width, 3, padding=1), nn.SiLU())
+        self.out = nn.Conv2d(width, channels, 3, padding=1)
+        self.time = nn.Linear(1, width)
+        self.label = nn.Embedding(classes, width)
+
+    def forward(self, z: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        t_in = (t.float().abs() + 1e-3).log().view(-1, 1)
+        shift = self.time(t_in) + self.label(label)
+        return self.out(self.mid(self.inp(z) + shift[:, :, None, None]))
+
+
+def tiny_denoiser(
+    schedule: Schedule | None = None, prediction: str = "eps", size: int = 8
+) -> Denoiser:
+    """An untrained image denoiser with labels 0..2, null class 3 and a feature layer."""
+    return Denoiser(
+        TinyConvNet(), schedule or EDM(), prediction, shape=(1, size, size),  # type: ignore[arg-type]
+        null_cond={"label": torch.tensor([3])}, feature_layer="mid",
+    )  # fmt: skip
+
+
+def run_method(
+    name: str | type[Method],
+    teacher: Denoiser,
+    *,
+    steps: int,
+    batch_size: int = 64,
+    lr: float | Mapping[str, float] = 1e-2,
+    x: Tensor | None = None,
+    pairs: tuple[Tensor, Tensor] | None = None,
+    cond: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    folder: Path | None = None,
+    checkpoint_every: int = 0,
+    micro_batch: int = 0,
+    train: bool = True,
+    optim: Mapping[str, OptimConfig] | None = None,
+    **options: Any,
+) -> Engine:
+    """Train a method on a CPU in fp32 and return its engine. `options` go into its Config."""
+    cls = get_method(name) if isinstance(name, str) else name
+    teacher.requires_grad_(False)
+    torch.manual_seed(seed)
+    cfg = cls.Config(**options)
+    cfg.validate()
+    method = cls(cfg, teacher)
+    roles = make_roles(method, teacher)
+    for module in roles.values():
+        module.requires_grad_(True)
+    method.attach(roles)
+    size = len(x) if x is not None else 4096
+    wrapped = None if pairs is None else (*pairs, cond or {})
+    stream = TensorStream(size, teacher.shape, cond or {}, x=x, pairs=wrapped, seed=seed)
+    if optim is None:
+        rates = {"default": lr} if isinstance(lr, float) else lr
+        optim = {k: OptimConfig(lr=v, weight_decay=0.0) for k, v in rates.items()}
+    engine = Engine(
+        method, roles, stream, optim=optim, ema={"default": EmaConfig(value=0.99)},
+        train=TrainConfig(steps=steps, batch_size=batch_size, micro_batch=micro_batch, seed=seed),
+        accelerator=Accelerator(cpu=True), checkpoint_every=checkpoint_every,
+        checkpoints=Checkpoints(folder / "checkpoints") if folder is not None else None,
+    )  # fmt: skip
+    if train:
+        engine.fit()
+    return engine
+
+
+@torch.no_grad()
+def student_samples(engine: Engine, n: int, cond: Mapping[str, Tensor] | None = None) -> Tensor:
+    """Samples of the live student with its own sampler. float32 [n, ...]."""
+    student = engine.method.student
+    rng = torch.Generator().manual_seed(1)
+    sampler = engine.method.sampler()
+    noises = [torch.randn(n, *student.shape, generator=rng) for _ in sampler.times]
+    return sample(student, student.schedule, noises, cond or {}, sampler)

@@ -1,0 +1,108 @@
+"""Known-answer tests of latent consistency distillation on Gaussian data."""
+
+import pytest
+import torch
+
+from diffdistill.denoiser import Denoiser
+from diffdistill.methods import lcm
+from diffdistill.schedules import DDPM, EDM, bcast, student_times
+from diffdistill.testing import gaussian, run_method, student_samples
+
+SD = DDPM((1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0))
+
+
+def engine_of(schedule, solver_steps=200, **options):
+    g = torch.Generator().manual_seed(0)
+    x = 0.7 + 0.3 * torch.randn(4096, 1, generator=g)
+    return run_method(
+        "lcm", gaussian((0.7,), 0.3, schedule), steps=1, batch_size=4096, x=x, train=False,
+        solver_steps=solver_steps, **options,
+    )  # fmt: skip
+
+
+def exact(schedule):
+    """f*(z, t) = m + s (z - alpha m) / sqrt(alpha^2 s^2 + sigma^2), constant along the ODE."""
+
+    def f(z, t, cond):
+        alpha, sigma = bcast(schedule.alpha(t), z), bcast(schedule.sigma(t), z)
+        return 0.7 + 0.3 * (z - alpha * 0.7) / (0.09 * alpha**2 + sigma**2).sqrt()
+
+    return f
+
+
+@pytest.mark.parametrize("schedule", [EDM(), SD])
+def test_the_exact_consistency_function_has_no_loss_and_the_teacher_has(schedule):
+    engine = engine_of(schedule)
+    batch = engine._micro_batches(0)[0]
+    torch.manual_seed(0)
+    teacher_loss = engine.method.loss(batch)["consistency"].item()
+    engine.method.consistency = exact(schedule)
+    torch.manual_seed(0)
+    loss = engine.method.loss(batch)["consistency"].item()
+    assert loss < 2e-5
+    assert teacher_loss > 10 * loss
+
+
+def test_the_target_carries_no_gradient():
+    engine = engine_of(EDM())
+    seen = []
+    original = engine.method.consistency
+
+    def watched(z, t, cond):
+        out = original(z, t, cond)
+        seen.append(out.requires_grad)
+        return out
+
+    engine.method.consistency = watched
+    engine._unfreeze_only(("student",))
+    engine.method.loss(engine._micro_batches(0)[0])
+    assert seen == [False, True]
+
+
+def test_boundary_condition():
+    engine = engine_of(SD)
+    z = torch.randn(5, 1)
+    out = engine.method.consistency(z, torch.zeros(5, dtype=torch.float64), {})
+    torch.testing.assert_close(out, z)
+    late = engine.method.consistency(z, torch.full((5,), 999.0, dtype=torch.float64), {})
+    torch.testing.assert_close(late, engine.method.student(z, torch.full((5,), 999.0), {}), atol=1e-4, rtol=0)
+
+
+def test_wrong_unguided_step_when_guidance_is_asked_for():
+    """guidance needs an unconditional branch: asking for it without one is an error."""
+    engine = engine_of(EDM(), guidance=3.0)
+    with pytest.raises(ValueError, match="needs an unconditional branch"):
+        engine.method.loss(engine._micro_batches(0)[0])
+
+
+class TableNet(torch.nn.Module):
+    """x0 = gain[t] z + shift[t] on the solver's grid: exact for Gaussian data, and trainable."""
+
+    def __init__(self, schedule, steps, mean, std):
+        super().__init__()
+        self.register_buffer("grid", torch.tensor(student_times(schedule, steps)).double())
+        gain = std**2 / (std**2 + self.grid.square())
+        self.gain = torch.nn.Parameter(gain.float())
+        self.shift = torch.nn.Parameter(((1 - gain) * mean).float())
+
+    def forward(self, z, t):
+        i = (t[:, None] - self.grid).abs().argmin(1)
+        return self.gain[i, None] * z + self.shift[i, None]
+
+
+@pytest.mark.parametrize(("wrong", "std"), [(False, 0.3), (True, None)])
+def test_one_step_reaches_the_data_and_a_wrong_solver_step_does_not(wrong, std, monkeypatch):
+    schedule = EDM(t_max=5.0)
+    teacher = Denoiser(TableNet(schedule, 12, 0.7, 0.3), schedule, "x0", shape=(1,))
+    x = 0.7 + 0.3 * torch.randn(4096, 1, generator=torch.Generator().manual_seed(0))
+    if wrong:  # the estimate stays where it was: no trajectory is followed
+        monkeypatch.setattr(lcm, "ddim_step", lambda schedule, x0, z, t, s: z)
+    engine = run_method(
+        "lcm", teacher, steps=500, batch_size=256, x=x, lr=0.03, solver_steps=12, student_steps=1
+    )
+    out = student_samples(engine, 20_000)
+    if wrong:
+        assert abs(out.std().item() - 0.3) > 0.1
+    else:
+        assert out.mean().item() == pytest.approx(0.7, abs=0.05)
+        assert out.std().item() == pytest.approx(std, abs=0.05)
