@@ -31,6 +31,7 @@ NAMES = {
     "accuracy": "Class accuracy",
 }  # fmt: skip
 HEADLINES = ("fd", "fid", "geneval", "accuracy")
+CURVES = (*HEADLINES, "kd", "kid", "clip", "recall", "coverage")
 Record = Mapping[str, Any]
 Points = list[tuple[float, float]]
 
@@ -452,11 +453,16 @@ def curves(run: Run, teachers: Mapping[str, list[Row]]) -> str:
     """Metrics, losses and gradient norms against images seen."""
     batch = run.info.get("train", {}).get("batch_size")
     charts = []
-    full = [(metric_label(r), full_teacher(r, teachers)) for r in run.records]
-    levels = {label: r["value"] for label, r in full if r is not None}
-    for metric, points in metric_series(run, batch).items():
-        if len(points) > 1:
-            charts.append(chart(metric, {"student": points}, dots=True, level=levels.get(metric)))
+    for r in run.records:
+        points = metric_points(run, r, batch)
+        if len(points) > 1 and r["metric"] in CURVES:
+            full = full_teacher(r, teachers)
+            charts.append(
+                chart(
+                    f"{name(r['metric'])}, n {r['n']:,}", {"student": points}, dots=True,
+                    level=full["value"] if full else None, linear=r["metric"] not in LOWER,
+                )
+            )  # fmt: skip
     losses: dict[str, dict[str, Points]] = {}
     norms: dict[str, Points] = {}
     for row in run.log:
@@ -477,28 +483,29 @@ def curves(run: Run, teachers: Mapping[str, list[Row]]) -> str:
     return (f'<div class="charts">{"".join(charts)}</div>' if charts else "") + note
 
 
-def metric_series(run: Run, batch: int | None) -> dict[str, Points]:
-    """Comparable numbers of the evaluations made during training, by images seen."""
-    newest = {key(r) for r in run.records}
-    series: dict[str, Points] = {}
-    for step in sorted(run.evals):
-        for r in run.evals[step]["records"]:
-            if key(r) in newest and r["metric"] in (*HEADLINES, "clip", "kd", "recall", "coverage"):
-                series.setdefault(metric_label(r), []).append((step * (batch or 1), r["value"]))
-    return series
-
-
-def metric_label(record: Record) -> str:
-    return f"{name(record['metric'])}, n {record['n']:,}"
+def metric_points(run: Run, record: Record, batch: int | None) -> Points:
+    """The numbers comparable to `record` of all evaluations of a run, by images seen."""
+    return [
+        (step * (batch or 1), r["value"])
+        for step in sorted(run.evals)
+        for r in run.evals[step]["records"]
+        if key(r) == key(record)
+    ]
 
 
 def chart(
-    title: str, series: Mapping[str, Points], *, dots: bool = False, level: float | None = None
+    title: str,
+    series: Mapping[str, Points],
+    *,
+    dots: bool = False,
+    level: float | None = None,
+    linear: bool = False,
 ) -> str:
     """A line chart as inline SVG, against images seen; logarithmic where values span decades.
 
     Args:
         level: the teacher's value, drawn dashed.
+        linear: never logarithmic (shares and rates).
     """
     series = {k: thin([p for p in v if math.isfinite(p[1])]) for k, v in series.items()}
     series = {k: v for k, v in series.items() if v}
@@ -506,7 +513,7 @@ def chart(
         return ""
     xs, ys = ([p[i] for points in series.values() for p in points] for i in (0, 1))
     ys += [level] if level is not None and math.isfinite(level) else []
-    log = min(ys) > 0 and max(ys) / min(ys) > 15
+    log = not linear and min(ys) > 0 and max(ys) / min(ys) > 15
     f = math.log10 if log else float
     low, high = f(min(ys)), f(max(ys))
     pad = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
@@ -625,7 +632,7 @@ def picture(
         panels.append(("student, same noise", run.samples[max(run.samples)]))
     bars = _bars(runs, teachers)
     figure = Figure(figsize=(11, 5.2), layout="constrained")
-    title = "\n".join(textwrap.fill(v, 110) for v in verdicts.values())
+    title = "\n".join(textwrap.fill(v, 118) for v in verdicts.values())
     figure.suptitle(title, fontsize=12, x=0.01, ha="left", parse_math=False)
     left, right = figure.subfigures(1, 2, width_ratios=(1.15, 1)) if panels and bars else [figure] * 2
     if panels:
@@ -676,7 +683,7 @@ CSS = """
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--fg);
 font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
-main{max-width:1080px;margin:0 auto;padding:40px 24px 80px}
+main{max-width:1140px;margin:0 auto;padding:40px 24px 80px}
 h1{font-size:25px;line-height:1.35;font-weight:650;letter-spacing:-.01em;margin:4px 0 8px;
 max-width:46em;text-wrap:pretty}
 h2{font-size:18px;font-weight:650;margin:48px 0 14px;padding-top:14px;border-top:1px solid var(--line)}
@@ -695,7 +702,7 @@ color:var(--dim)}
 .tile b{font-size:28px;font-weight:650;line-height:1.3;letter-spacing:-.02em}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:14px}
-th,td{padding:8px 10px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th,td{padding:8px 7px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 thead th{font-weight:600;vertical-align:bottom;border-bottom:1.5px solid var(--dim)}
 th:first-child{text-align:left}tbody th{font-weight:500}
 th small{display:block;color:var(--dim);font-weight:400;font-size:11px;line-height:1.35}

@@ -246,7 +246,10 @@ def test_the_yaml_of_a_run_is_plain(tmp_path):
         (["student.lora_rank=-1"], ["student.lora_rank is -1"]),
         (["method.gan_weight=-1"], ["method.gan_weight is -1.0"]),
         (["data.size=0"], ["data.size"]),
-        (["data=prompts", "data.prompts=missing.txt"], ["prompt file 'missing.txt'", "data.prompts"]),
+        (
+            ["data=prompts", "data.prompts=missing.txt"],
+            ["prompt file 'missing.txt'", "data.prompts"],
+        ),
         (["data=folder", "data.folder=/nowhere"], ["image folder '/nowhere'", "data.folder"]),
         (["run.name=../escape"], ["run.name is '../escape'", "run.root"]),
         (["run.name=.."], ["run.name is '..'"]),
