@@ -75,13 +75,16 @@ class Checkpoints:
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
         _sync(self.folder)
-        for old in self.complete()[: -self.keep]:
+        done = self.complete()
+        upto = done.index(final) + 1  # what is newer was damaged, or we would have started there
+        for old in (*done[: max(0, upto - self.keep)], *done[upto:]):
             shutil.rmtree(old)
 
     def complete(self) -> list[Path]:
         """Renamed checkpoints, oldest first (not yet verified)."""
         found = self.folder.glob("step_*")
-        return sorted(p for p in found if re.fullmatch(r"step_\d+", p.name))
+        steps = [p for p in found if re.fullmatch(r"step_\d+", p.name)]
+        return sorted(steps, key=lambda p: int(p.name[5:]))
 
     def newest_intact(self) -> Path | None:
         """The newest checkpoint whose checksums hold; a damaged one is named in a warning."""
@@ -182,4 +185,6 @@ def _load_optimizer(role: Role, saved: dict[str, Tensor]) -> None:
         name, _, key = full.rpartition("|")
         p = by_name[name]
         state = role.optimizer.state.setdefault(p, {})
-        state[key] = value if key == "step" else value.to(p.device)
+        # fused AdamW wants the step on the device, and reads averages in the parameter's layout
+        layout = torch.empty_like(p) if value.shape == p.shape else torch.empty_like(value, device=p.device)
+        state[key] = layout.copy_(value)

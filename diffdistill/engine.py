@@ -141,7 +141,7 @@ class Engine:
         self.tracker, self.checkpoints = tracker, checkpoints
         self.checkpoint_every, self.log_every = checkpoint_every, log_every
         self.updates = method.updates()
-        self.transitions = {t.at: t for t in method.transitions()}
+        self.transitions = method.transitions()
         self.step = 0
         self.seconds = 0.0  # wall time of training steps, over restarts
         self.earlier_passes = 0
@@ -219,13 +219,13 @@ class Engine:
             disable=None if self.acc.is_main_process else True, desc="train",
         )  # fmt: skip
         mean: dict[str, list[Tensor]] = {}
-        started, since = time.perf_counter(), self.step
+        started, since, stop = time.perf_counter(), self.step, False
         try:
-            while self.step < self.cfg.steps and not self.preempted:
+            while self.step < self.cfg.steps and not stop:
                 for name, value in self.train_step().items():
                     mean.setdefault(name, []).append(value)
                 bar.update()
-                last = self.step == self.cfg.steps
+                last, stop = self.step == self.cfg.steps, self._asked_to_stop()
                 if self.step % self.log_every == 0 or last:
                     elapsed = time.perf_counter() - started
                     self.seconds += elapsed
@@ -234,13 +234,14 @@ class Engine:
                     started = time.perf_counter()
                 due = self.checkpoint_every and self.step % self.checkpoint_every == 0
                 calls = [c for c in callbacks if last or (c.every and self.step % c.every == 0)]
-                if due or last or self.preempted or calls:
+                if due or last or stop or calls:
                     self.seconds += time.perf_counter() - started
-                    if self.checkpoints is not None and (due or last or self.preempted):
+                    if self.checkpoints is not None and (due or last or stop):
                         self.checkpoints.save(self)
                     passes = self.passes
                     for callback in calls:
                         callback.fn(self)
+                    self._frozen_for = None  # callbacks may have changed the networks' mode
                     self.earlier_passes += passes - self.passes  # pictures are not training
                     started = time.perf_counter()
         finally:
@@ -250,8 +251,9 @@ class Engine:
 
     def train_step(self) -> dict[str, Tensor]:
         """One engine step: every update that is due. Returns detached, unreduced losses."""
-        if transition := self.transitions.get(self.step):
-            self._move(transition)
+        for transition in self.transitions:
+            if transition.at == self.step:
+                self._move(transition)
         logs: dict[str, Tensor] = {}
         shared = self._micro_batches(0)
         for index, update in enumerate(self.updates):
@@ -318,11 +320,14 @@ class Engine:
         if self.acc.num_processes == 1:
             return
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in role.params]
-        flat = torch.cat([g.reshape(-1) for g in grads])
+        used = torch.tensor([float(p.grad is not None) for p in role.params]).to(grads[0])
+        flat = torch.cat([*(g.reshape(-1) for g in grads), used])
         torch.distributed.all_reduce(flat)
         flat /= self.acc.num_processes
-        for p, g in zip(role.params, flat.split([g.numel() for g in grads]), strict=True):
-            p.grad = g.view_as(p)
+        *flats, used = flat.split([*(g.numel() for g in grads), len(grads)])
+        for p, g, n in zip(role.params, flats, used.tolist(), strict=True):
+            # fused AdamW reads raw memory: a gradient must have its parameter's layout
+            p.grad = torch.empty_like(p).copy_(g.view(p.shape)) if n else None
 
     def lr(self, role: Role) -> float:
         """Learning rate of the next update: a pure function of the role's updates done."""
@@ -389,6 +394,14 @@ class Engine:
         values |= {"images": self.images, "images_per_s": rate * self.cfg.batch_size}
         if self.tracker is not None:
             self.tracker.log(self.step, values | {"seconds": self.seconds})
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any process got SIGTERM; all of them must leave after the same step."""
+        if self.acc.num_processes > 1:
+            flag = torch.tensor(int(self.preempted), device=self.acc.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            self.preempted = bool(flag)
+        return self.preempted
 
     def _listen(self):
         """SIGTERM (preemption): finish the step, save, return."""

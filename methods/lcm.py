@@ -5,11 +5,12 @@ Luo et al., "Latent Consistency Models", arXiv 2310.04378, after Song et al., ar
     z_t = alpha_t x + sigma_t eps,  t from a grid of solver times, s the next lower one
     z_s = one DDIM step of the guided teacher from z_t
     loss = huber( f(z_t, t) - sg[ f(z_s, s) ] ),   f(z, t) = c_skip z + c_out D(z, t)
-    c_skip = sd^2 / (r^2 + sd^2),  c_out = r / sqrt(r^2 + sd^2),  r = 10 t (DDPM), sigma / alpha else
+    c_skip = sd^2 / (r^2 + sd^2),  c_out = r / sqrt(r^2 + sd^2),  r = 10 t (DDPM), 10 sigma / alpha else
 
 Deviations: the target network is the student itself without gradient (EMA rate 0, as shown to be
 at least as good by Song and Dhariwal, arXiv 2310.14189), and the guidance scale is fixed and not
-embedded (as in LCM-LoRA, arXiv 2311.05556).
+embedded (as in LCM-LoRA, arXiv 2311.05556). The factor 10 (the paper's timestep scaling) makes c_skip
+vanish at every time at which a student is called, so D itself is what samples.
 """
 
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class LCM(Method):
     def consistency(self, z, t, cond):
         """f(z, t), exact at the lowest time of the grid."""
         discrete = isinstance(self.schedule, DDPM)
-        r = 10 * t if discrete else self.schedule.sigma(t) / self.schedule.alpha(t)
+        r = 10 * (t if discrete else self.schedule.sigma(t) / self.schedule.alpha(t))
         total = r.square() + self.cfg.sigma_data**2
         c_skip, c_out = self.cfg.sigma_data**2 / total, r * total.rsqrt()
         return bcast(c_skip, z) * z + bcast(c_out, z) * self.student(z, t, cond)

@@ -1,0 +1,252 @@
+"""Bad input ends with exit code 2 and one line that names it; a full disk loses no checkpoint."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DModel
+from PIL import Image
+
+from diffdistill import checkpoint, train
+from diffdistill.method import Method, MethodConfig, Needs, Update
+from diffdistill.pipelines.edm import EDMPipeline
+from diffdistill.pipelines.scheduler import HeunEDMScheduler
+from diffdistill.registry import register_method
+
+STEPS = 6
+
+
+@dataclass
+class ProbeConfig(MethodConfig):
+    images: bool = False
+    tokens: bool = False
+    features: bool = False
+
+
+@register_method("bad_input_probe")
+class Probe(Method):
+    """Pulls the student towards zero; needs what its options say."""
+
+    Config = ProbeConfig
+
+    @classmethod
+    def needs(cls, cfg: ProbeConfig) -> Needs:
+        teacher = "tokens" if cfg.tokens else "denoiser"
+        return Needs(images=cfg.images, teacher=teacher, features=cfg.features)
+
+    def updates(self):
+        return (Update("student", ("student",), self.loss),)
+
+    def loss(self, batch):
+        z = torch.randn(batch.size, *batch.shape)
+        t = torch.ones(batch.size, dtype=torch.float64)
+        return {"norm": self.student(z, t, batch.cond).square().mean()}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """The folder of a class-conditional pipeline of 14 x 14 grey images."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, num_class_embeds=11,
+        block_out_channels=(8, 8), norm_num_groups=4, attention_head_dim=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+    ).eval()  # fmt: skip
+    folder = tmp_path_factory.mktemp("teacher")
+    EDMPipeline(unet, HeunEDMScheduler(2), size=14, fold=2, num_classes=10).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder with two classes of images."""
+    folder = tmp_path_factory.mktemp("images")
+    for i in range(8):
+        file = folder / "ab"[i % 2] / f"{i}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.full((14, 14, 3), 30 * i, np.uint8)).save(file)
+    return folder
+
+
+@pytest.fixture
+def run(teacher, images, tmp_path, monkeypatch, capsys):
+    """Train the probe with these settings; returns exit code and what stderr says."""
+    monkeypatch.setenv("DIFFDISTILL_CACHE", str(tmp_path / "cache"))
+
+    def call(*settings: str) -> tuple[int, str]:
+        base = [
+            "method=bad_input_probe", f"teacher={teacher}", "data=folder", f"data.folder={images}",
+            f"run.root={tmp_path}/runs", "run.name=r", f"train.steps={STEPS}", "train.batch_size=4",
+            "checkpoint.every=2", "checkpoint.keep=3", "log.every=1", "log.samples_every=0",
+            "precision.dtype=fp32", "precision.attention=default", "precision.channels_last=off",
+            "evaluate.at_end=false", "report=false", "threads=1",
+        ]  # fmt: skip
+        code = train.main([*base, *settings])
+        return code, capsys.readouterr().err
+
+    return call
+
+
+def refused(run, *settings: str) -> str:
+    code, said = run(*settings)
+    lines = [line for line in said.splitlines() if line.startswith("diffdistill: ")]
+    assert code == 2 and "Traceback" not in said, said
+    assert len(lines) == 1, said
+    return lines[0]
+
+
+# ---- known before training --------------------------------------------------------------
+
+
+def test_the_probe_itself_trains(run, tmp_path):
+    code, said = run()
+    assert code == 0, said
+    assert (tmp_path / "runs" / "r" / "DONE").is_file()
+
+
+def test_missing_prompt_file(run):
+    said = refused(run, "data=prompts", "data.prompts=missing.txt")
+    assert "prompt file 'missing.txt' does not exist" in said and "data.prompts=FILE" in said
+
+
+def test_empty_prompt_file(run, tmp_path):
+    (tmp_path / "p.txt").write_text("\n \n")
+    said = refused(run, "data=prompts", f"data.prompts={tmp_path}/p.txt")
+    assert "p.txt" in said and "empty" in said
+
+
+def test_missing_image_folder(run):
+    said = refused(run, "data.folder=/nowhere")
+    assert "image folder '/nowhere' does not exist" in said and "data.folder=DIR" in said
+
+
+def test_empty_data_set(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("no pictures here")
+    said = refused(run, f"data.folder={tmp_path}/empty")
+    assert "no images" in said and "empty" in said
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", "half"])
+def test_corrupted_image_is_named(run, images, tmp_path, content):
+    folder = tmp_path / "bad" / "a"
+    folder.mkdir(parents=True)
+    good = (images / "a" / "0.png").read_bytes()
+    (folder / "good.png").write_bytes(good)
+    (folder / "torn.png").write_bytes(good[: len(good) // 2] if content == "half" else content)
+    said = refused(run, f"data.folder={tmp_path}/bad")
+    assert "torn.png" in said and "good.png" not in said
+
+
+def test_unwritable_folder(run):
+    said = refused(run, "run.root=/proc/nope")
+    assert "cannot write to /proc/nope" in said and "run.root" in said
+
+
+def test_a_file_where_the_folder_should_be(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    said = refused(run, f"run.root={tmp_path}/file")
+    assert "cannot write to" in said and "file" in said
+
+
+def test_teacher_that_is_not_there(run):
+    assert "Did you mean 'shapes-sd'" in refused(run, "teacher=shapes-ds")
+    assert "neither" in (said := refused(run, "teacher=/nowhere/at/all")) or "unknown" in said
+
+
+def test_teacher_folder_without_a_pipeline(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    said = refused(run, f"teacher={tmp_path}/empty")
+    assert "model_index.json" in said
+
+
+def test_teacher_of_the_wrong_family(run, tmp_path):
+    folder = tmp_path / "flux"
+    folder.mkdir()
+    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    said = refused(run, f"teacher={folder}")
+    assert "FluxPipeline" in said and "StableDiffusionPipeline" in said
+
+
+def test_data_that_does_not_fit_the_teacher(run, tmp_path):
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    said = refused(run, "data=prompts", f"data.prompts={tmp_path}/p.txt")
+    assert "takes class labels" in said and "prompts" in said
+
+
+def test_method_that_needs_another_kind_of_teacher(run):
+    said = refused(run, "method.tokens=true")
+    assert "bad_input_probe" in said and "tokens" in said
+
+
+def test_method_that_needs_features_which_the_teacher_lacks(run, monkeypatch):
+    from diffdistill.denoiser import Denoiser
+
+    plain = Denoiser.__init__
+
+    def without_features(self, *args, **kwargs):
+        plain(self, *args, **kwargs | {"feature_layer": None})
+
+    monkeypatch.setattr(Denoiser, "__init__", without_features)
+    said = refused(run, "method.features=true")
+    assert "bad_input_probe" in said and "feature_layer" in said
+
+
+def test_nothing_is_trained_before_it_is_refused(run, tmp_path):
+    refused(run, "method.tokens=true")
+    assert not (tmp_path / "runs" / "r" / "checkpoints").exists()
+    assert not (tmp_path / "runs" / "r" / "student").exists()
+
+
+# ---- at the moment ----------------------------------------------------------------------
+
+
+def test_full_disk_keeps_the_last_checkpoint_and_continues(run, tmp_path, monkeypatch):
+    save, state = checkpoint.save_file, {"written": 0}
+
+    def full(tensors, path, *args):
+        state["written"] += 1
+        if state["written"] > 5:  # in the second checkpoint
+            path.write_bytes(b"torn")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        save(tensors, path, *args)
+
+    folder = tmp_path / "runs" / "r"
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    said = refused(run)
+    assert "the disk is full" in said and "run the same command again" in said
+    assert state["written"] > 5
+    left = [p for p in (folder / "checkpoints").iterdir() if not p.name.startswith(".")]
+    assert [p.name for p in left] == ["step_000002"]
+    assert checkpoint.verify(left[0]) is None
+    assert "No space left" in (folder / "FAILED").read_text()
+    assert not (folder / "DONE").exists()
+
+    monkeypatch.setattr(checkpoint, "save_file", save)
+    code, said = run()
+    assert code == 0, said
+    assert (folder / "DONE").is_file() and not (folder / "FAILED").exists()
+    assert checkpoint.verify(folder / "checkpoints" / f"step_{STEPS:06d}") is None
+
+
+def test_full_disk_as_safetensors_reports_it(run, monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os er")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    assert "the disk is full" in refused(run)
+
+
+def test_continuing_with_other_settings(run):
+    assert run()[0] == 0
+    assert run("train.seed=5", "run.name=r2")[0] == 0
+    code, said = run("train.seed=1")
+    assert code == 2, said
+    assert "run.name" in said
