@@ -186,5 +186,5 @@ def _load_optimizer(role: Role, saved: dict[str, Tensor]) -> None:
         p = by_name[name]
         state = role.optimizer.state.setdefault(p, {})
         # fused AdamW wants the step on the device, and reads averages in the parameter's layout
-        layout = torch.empty_like(p) if value.shape == p.shape else torch.empty_like(value, device=p.device)
-        state[key] = layout.copy_(value)
+        like = p if value.shape == p.shape else value
+        state[key] = torch.empty_like(like, device=p.device).copy_(value)

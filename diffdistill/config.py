@@ -252,6 +252,8 @@ def _split(argv: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
 def _override(key: str, value: str) -> dict:
     if key in (f.name for f in fields(RunConfig) if f.name not in ("report", "threads")):
         raise ValueError(f"{key} is a section. Set one of its fields: {key}.FIELD={value}")
+    if value.lower() in ("on", "off", "yes", "no"):  # booleans to yaml; the field decides
+        value = f"'{value}'"
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={value}"]))  # type: ignore
     except yaml.YAMLError as error:

@@ -219,7 +219,7 @@ class Engine:
             disable=None if self.acc.is_main_process else True, desc="train",
         )  # fmt: skip
         mean: dict[str, list[Tensor]] = {}
-        started, since, stop = time.perf_counter(), self.step, False
+        started, since, stop = time.perf_counter(), (self.step, self.seconds), False
         try:
             while self.step < self.cfg.steps and not stop:
                 for name, value in self.train_step().items():
@@ -227,10 +227,10 @@ class Engine:
                 bar.update()
                 last, stop = self.step == self.cfg.steps, self._asked_to_stop()
                 if self.step % self.log_every == 0 or last:
-                    elapsed = time.perf_counter() - started
-                    self.seconds += elapsed
-                    self._log(mean, (self.step - since) / elapsed, bar)
-                    mean, since = {}, self.step
+                    self.seconds += time.perf_counter() - started
+                    rate = (self.step - since[0]) / (self.seconds - since[1])
+                    self._log(mean, rate, bar)
+                    mean, since = {}, (self.step, self.seconds)
                     started = time.perf_counter()
                 due = self.checkpoint_every and self.step % self.checkpoint_every == 0
                 calls = [c for c in callbacks if last or (c.every and self.step % c.every == 0)]
@@ -400,7 +400,8 @@ class Engine:
         if self.acc.num_processes > 1:
             flag = torch.tensor(int(self.preempted), device=self.acc.device)
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-            self.preempted = bool(flag)
+            self.preempted |= bool(flag)
+            return bool(flag)  # not `preempted`: a signal may have come in after the reduction
         return self.preempted
 
     def _listen(self):

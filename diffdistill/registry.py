@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import pkgutil
+import sys
 from collections.abc import Iterable
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -66,9 +68,17 @@ def _from_file(name: str) -> type[Method]:
     path = Path(file).expanduser().resolve()
     if not path.is_file():
         raise ValueError(f"method file {str(path)!r} does not exist. Give method=FILE.py:Class")
-    spec = importlib.util.spec_from_file_location(f"diffdistill_user_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    module_name = f"diffdistill_user_{path.stem}_{hashlib.sha256(bytes(path)).hexdigest()[:8]}"
+    module = sys.modules.get(module_name)
+    if module is None:  # executed once; in sys.modules, where dataclasses look their annotations up
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+        sys.modules[module_name] = module
+        try:
+            spec.loader.exec_module(module)  # type: ignore[union-attr]
+        except BaseException:
+            del sys.modules[module_name]
+            raise
     found = getattr(module, cls, None)
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ValueError(f"{path.name} has no Method class {cls!r}. Give method=FILE.py:Class")

@@ -186,7 +186,9 @@ def chosen_runtime(
     if accelerator.is_main_process and not file.is_file():
         best, seconds = runtime.choose(denoiser, probe, cfg.precision)
         stored = {"runtime": asdict(best), "seconds": seconds, "threads": torch.get_num_threads()}
-        file.write_text(json.dumps(stored, indent=1))
+        aside = file.with_suffix(".partial")
+        aside.write_text(json.dumps(stored, indent=1))
+        aside.replace(file)
     accelerator.wait_for_everyone()
     return Runtime(**json.loads(file.read_text())["runtime"])
 

@@ -126,11 +126,14 @@ def run_method(
     if optim is None:
         rates = {"default": lr} if isinstance(lr, float) else lr
         optim = {k: OptimConfig(lr=v, weight_decay=0.0) for k, v in rates.items()}
+    acc = Accelerator(cpu=True)
+    checkpoints = None
+    if folder is not None:
+        checkpoints = Checkpoints(folder / "checkpoints", main=acc.is_main_process)
     engine = Engine(
         method, roles, stream, optim=optim, ema={"default": EmaConfig(value=0.99)},
         train=TrainConfig(steps=steps, batch_size=batch_size, micro_batch=micro_batch, seed=seed),
-        accelerator=Accelerator(cpu=True), checkpoint_every=checkpoint_every,
-        checkpoints=Checkpoints(folder / "checkpoints") if folder is not None else None,
+        accelerator=acc, checkpoints=checkpoints, checkpoint_every=checkpoint_every,
     )  # fmt: skip
     if train:
         engine.fit()

@@ -33,7 +33,9 @@ class Tracker:
         if file.is_file():
             lines = file.read_text().splitlines()
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            file.write_text("".join(f"{line}\n" for line in kept))
+            aside = file.with_suffix(".partial")
+            aside.write_text("".join(f"{line}\n" for line in kept))
+            aside.replace(file)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl and one point in each tracker."""

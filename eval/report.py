@@ -197,6 +197,7 @@ def verdict(run: Run, teachers: Mapping[str, list[Row]]) -> str:
         else:
             text += f" vs the teacher's {number(full['value'])}"
             text += f" at {_steps(full['steps'])}" if not parts else ""
+            text += f" (n {r['n']:,})"
             passes = f"{full['nfe'] / r['nfe']:.3g}x fewer network passes"
         parts.append(text)
     return f"{_steps(records[0]['steps'])}: {'; '.join([*parts, *([passes] if passes else [])])}."
@@ -342,7 +343,9 @@ def comparison(protocol: str, teacher: Sequence[Row], runs: Sequence[Run]) -> st
             f"<td>{first['steps']}</td><td>{first['nfe']}</td>"
             f"<td>{first['guidance']:g}</td>{cells}</tr>"
         )
-    legend = "".join(f"<li><b>{chr(ord('A') + i)}</b> {_group(g)}</li>" for i, g in enumerate(groups))
+    legend = "".join(
+        f"<li><b>{chr(ord('A') + i)}</b> {_group(g)}</li>" for i, g in enumerate(groups)
+    )
     note = (
         "Numbers stand in one column only where metric, protocol, n, feature network, resizing and "
         f"reference images agree.<ul>{legend}</ul>"
@@ -372,7 +375,8 @@ def tasks_table(teacher: Sequence[Row], runs: Sequence[Run], protocol: str) -> s
     for run in runs:
         newest = run.evals[max(run.evals)] if run.evals else {}
         if newest.get("tasks") and newest.get("protocol") == protocol:
-            scored[run.name] = newest["tasks"]
+            n = [r["n"] for r in newest["records"] if r["metric"] == "geneval"]
+            scored[f"{run.name}, n {n[0]:,} in all" if n else run.name] = newest["tasks"]
     if not scored:
         return ""
     tags = list(dict.fromkeys(t for tasks in scored.values() for t in tasks))
@@ -427,7 +431,8 @@ def verdict_pictures(run: Run) -> str:
         )
         right[v["tag"]] = right.get(v["tag"], 0) + bool(v["correct"])
     return "".join(
-        f"<h3>{esc(tag.replace('_', ' ').capitalize())} <span>{right[tag]} of {len(figures)} right</span></h3>"
+        f"<h3>{esc(tag.replace('_', ' ').capitalize())} "
+        f"<span>{right[tag]} of {len(figures)} right</span></h3>"
         f'<div class="prompts">{"".join(figures)}</div>'
         for tag, figures in groups.items()
     )
@@ -556,7 +561,9 @@ def ticks(low: float, high: float, log: bool) -> list[float]:
     """Round values between the ends; for `log` the ends are exponents of ten."""
     if log:
         exponents = range(math.floor(low), math.ceil(high) + 1)
-        found = [m * 10.0**e for e in exponents for m in (1, 2, 5) if low <= math.log10(m) + e <= high]
+        found = [
+            m * 10.0**e for e in exponents for m in (1, 2, 5) if low <= math.log10(m) + e <= high
+        ]
         return found[:: math.ceil(len(found) / 5)]
     size = (high - low) / 4
     unit = 10.0 ** math.floor(math.log10(size))
@@ -589,10 +596,13 @@ def cost_table(runs: Sequence[Run]) -> str:
             "not recorded" if c["seconds"] is None else duration(c["seconds"]),
             "not recorded" if memory is None else f"{memory:.2f} GiB",
         )  # fmt: skip
-        lines.append(f"<tr><th>{esc(run.name)}</th>" + "".join(f"<td>{v}</td>" for v in cells) + "</tr>")
-    head = ("", "steps", "images seen", "network passes", "wall time", "peak memory")
+        lines.append(
+            f"<tr><th>{esc(run.name)}</th>" + "".join(f"<td>{v}</td>" for v in cells) + "</tr>"
+        )
+    names = ("", "steps", "images seen", "network passes", "wall time", "peak memory")
+    head = "".join(f"<th>{n}</th>" for n in names)
     return (
-        f'<div class="scroll"><table><thead><tr>{"".join(f"<th>{h}</th>" for h in head)}</tr></thead>'
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
 
@@ -600,11 +610,20 @@ def cost_table(runs: Sequence[Run]) -> str:
 def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return (
+        f"{hours} h {minutes} min"
+        if hours
+        else f"{minutes} min {rest} s"
+        if minutes
+        else f"{rest} s"
+    )
 
 
 def config(run: Run) -> str:
-    parts = [("config.yaml", run.config), ("config.lock.json: sources, versions, command", run.lock)]
+    parts = [
+        ("config.yaml", run.config),
+        ("config.lock.json: sources, versions, command", run.lock),
+    ]
     return "".join(
         f"<details><summary>{esc(title)}</summary><pre>{esc(text)}</pre></details>"
         for title, text in parts
@@ -634,7 +653,9 @@ def picture(
     figure = Figure(figsize=(11, 5.2), layout="constrained")
     title = "\n".join(textwrap.fill(v, 118) for v in verdicts.values())
     figure.suptitle(title, fontsize=12, x=0.01, ha="left", parse_math=False)
-    left, right = figure.subfigures(1, 2, width_ratios=(1.15, 1)) if panels and bars else [figure] * 2
+    left, right = (
+        figure.subfigures(1, 2, width_ratios=(1.15, 1)) if panels and bars else [figure] * 2
+    )
     if panels:
         axes = left.subplots(len(panels), 1, squeeze=False)[:, 0]
         for ax, (label, path) in zip(axes, panels, strict=True):
@@ -667,7 +688,10 @@ def _bars(
     rows = [row for row in teachers.get(wanted[0]["protocol"], [])]
     rows += [Row(run.name, True, list(run.records)) for run in runs]
     values = [
-        (row.label, r["value"], row.student) for row in rows for r in row.records if key(r) == column
+        (row.label, r["value"], row.student)
+        for row in rows
+        for r in row.records
+        if key(r) == column
     ]
     arrow = "lower is better" if wanted[0]["metric"] in LOWER else "higher is better"
     return f"{name(wanted[0]['metric'])}, n {wanted[0]['n']:,} ({arrow})", values
@@ -686,7 +710,8 @@ font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,
 main{max-width:1140px;margin:0 auto;padding:40px 24px 80px}
 h1{font-size:25px;line-height:1.35;font-weight:650;letter-spacing:-.01em;margin:4px 0 8px;
 max-width:46em;text-wrap:pretty}
-h2{font-size:18px;font-weight:650;margin:48px 0 14px;padding-top:14px;border-top:1px solid var(--line)}
+h2{font-size:18px;font-weight:650;margin:48px 0 14px;padding-top:14px;
+border-top:1px solid var(--line)}
 h3{font-size:14px;font-weight:650;margin:22px 0 8px}
 h3 span{color:var(--dim);font-weight:400;margin-left:6px}
 p{margin:0 0 6px}.dim{color:var(--dim)}.small{font-size:13px;margin-top:8px}
@@ -730,7 +755,7 @@ svg{width:100%;display:block}svg text{font-size:10px;fill:var(--dim)}
 .c0{color:var(--c0)}.c1{color:var(--c1)}.c2{color:var(--c2)}.c3{color:var(--c3)}.c4{color:var(--c4)}
 details{border:1px solid var(--line);border-radius:10px;margin-bottom:10px;background:var(--card)}
 summary{padding:10px 16px;cursor:pointer;font-weight:500}
-pre{margin:0;padding:12px 16px;overflow-x:auto;font:12.5px/1.5 ui-monospace,"SF Mono",Menlo,Consolas,
-monospace;max-height:480px}
+pre{margin:0;padding:12px 16px;overflow-x:auto;max-height:480px;
+font:12.5px/1.5 ui-monospace,"SF Mono",Menlo,Consolas,monospace}
 @media print{details{display:none}}
 """

@@ -5,12 +5,13 @@ Luo et al., "Latent Consistency Models", arXiv 2310.04378, after Song et al., ar
     z_t = alpha_t x + sigma_t eps,  t from a grid of solver times, s the next lower one
     z_s = one DDIM step of the guided teacher from z_t
     loss = huber( f(z_t, t) - sg[ f(z_s, s) ] ),   f(z, t) = c_skip z + c_out D(z, t)
-    c_skip = sd^2 / (r^2 + sd^2),  c_out = r / sqrt(r^2 + sd^2),  r = 10 t (DDPM), 10 sigma / alpha else
+    c_skip = sd^2 / (r^2 + sd^2),  c_out = 1 - c_skip,  r = 10 t (DDPM), 10 sigma / alpha else
 
 Deviations: the target network is the student itself without gradient (EMA rate 0, as shown to be
 at least as good by Song and Dhariwal, arXiv 2310.14189), and the guidance scale is fixed and not
 embedded (as in LCM-LoRA, arXiv 2311.05556). The factor 10 (the paper's timestep scaling) makes c_skip
-vanish at every time at which a student is called, so D itself is what samples.
+vanish at every time at which a student is called, so D itself is what samples; the paper's c_out,
+r / sqrt(r^2 + sd^2), is the same there to 4e-6 but does not sum to one with c_skip elsewhere.
 """
 
 from dataclasses import dataclass
@@ -64,6 +65,5 @@ class LCM(Method):
         """f(z, t), exact at the lowest time of the grid."""
         discrete = isinstance(self.schedule, DDPM)
         r = 10 * (t if discrete else self.schedule.sigma(t) / self.schedule.alpha(t))
-        total = r.square() + self.cfg.sigma_data**2
-        c_skip, c_out = self.cfg.sigma_data**2 / total, r * total.rsqrt()
-        return bcast(c_skip, z) * z + bcast(c_out, z) * self.student(z, t, cond)
+        c_skip = self.cfg.sigma_data**2 / (r.square() + self.cfg.sigma_data**2)
+        return torch.lerp(self.student(z, t, cond), z, bcast(c_skip, z))

@@ -55,6 +55,7 @@ class EDMPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
@@ -65,6 +66,7 @@ class EDMPipeline(DiffusionPipeline):
             num_inference_steps: None: as trained (student), as configured (teacher).
             guidance_scale: None, 0 and 1 mean no guidance (one pass per call instead of two).
             generator: one per image makes every image independent of the batch.
+            latents: unit-variance start noise [N, C, H, W], instead of a draw.
             output_type: "pil", "pt" ([N, C, H, W] in 0..1) or "np" ([N, H, W, C] in 0..1).
         """
         if output_type not in ("pil", "pt", "np"):
@@ -74,9 +76,13 @@ class EDMPipeline(DiffusionPipeline):
             raise ValueError(f"{len(generator)} generators for {len(label)} labels. Give one each.")
         self.scheduler.set_timesteps(num_inference_steps)
         net = self.denoiser()
-        eps = randn_tensor(
-            (len(label), *net.shape), generator=generator, device=label.device, dtype=torch.float32
-        )
+        shape = (len(label), *net.shape)
+        if latents is None:
+            eps = randn_tensor(shape, generator=generator, device=label.device, dtype=torch.float32)
+        elif latents.shape == shape:
+            eps = latents.to(label.device, torch.float32)
+        else:
+            raise ValueError(f"latents are {tuple(latents.shape)}. They must be {shape}.")
         scale = 1.0 if guidance_scale in (None, 0, 1) else float(guidance_scale)  # type: ignore[arg-type]
         denoise, cond = guided(net, scale), {"label": label}
         if isinstance(self.scheduler, HeunEDMScheduler):
@@ -93,7 +99,9 @@ class EDMPipeline(DiffusionPipeline):
         values = [labels] if isinstance(labels, int) else [int(v) for v in labels]
         top = self.config.num_classes
         if bad := sorted({v for v in values if not 0 <= v <= top}):
-            raise ValueError(f"labels {bad} do not exist. Allowed: 0 to {top - 1} ({top}: no class)")
+            raise ValueError(
+                f"labels {bad} do not exist. Allowed: 0 to {top - 1} ({top}: no class)"
+            )
         return torch.tensor(values, device=self._execution_device)
 
     def _output(self, x: Tensor, output_type: str):

@@ -89,7 +89,9 @@ class Generator:
 
     def _check(self, conditions: Sequence, seeds: Sequence[int]) -> None:
         if not seeds or len(conditions) != len(seeds):
-            raise ValueError(f"{len(conditions)} conditions, {len(seeds)} seeds. Give one seed each.")
+            raise ValueError(
+                f"{len(conditions)} conditions, {len(seeds)} seeds. Give one seed each."
+            )
         wanted, name = {"sd": (str, "prompts"), "edm": (int, "labels")}[self.info["family"]]
         if odd := [c for c in conditions if not isinstance(c, wanted)]:
             raise ValueError(f"{self.info['name']} is driven by {name}, but was given {odd[0]!r}.")

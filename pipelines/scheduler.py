@@ -95,7 +95,9 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         """The next network input; after the last step the x0 estimate itself."""
         times = self.sampler.times
         if float(timestep) not in times:
-            raise ValueError(f"this student was not trained at time {float(timestep)}; {times} only")
+            raise ValueError(
+                f"this student was not trained at time {float(timestep)}; {times} only"
+            )
         index = times.index(float(timestep))
         t = times[index]
         x0 = self._denoiser.to_x0(model_output.float(), sample.float(), times_like(t, sample))

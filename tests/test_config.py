@@ -147,6 +147,11 @@ def test_numbers():
     assert cfg.optim["a"].lr == 1e-4
 
 
+def test_on_and_off():
+    cfg, _ = compose([*PROBE, "precision.channels_last=off", "report=off", "log.wandb=yes"])
+    assert (cfg.precision.channels_last, cfg.report, cfg.log.wandb) == ("off", False, True)
+
+
 def test_a_method_in_a_file(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(

@@ -74,12 +74,13 @@ def gens(seeds=SEEDS):
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> StableDiffusionPipeline:
     torch.manual_seed(0)
-    words = "a red blue circle square two".split()
+    words = ["a", "red", "blue", "circle", "square", "two"]
     tokenizer = word_tokenizer(words, tmp_path_factory.mktemp("tokenizer"), max_length=8)
     ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     text = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=8, pad_token_id=tokenizer.eos_token_id, **ids,
+        num_attention_heads=2, max_position_embeddings=8, pad_token_id=tokenizer.eos_token_id,
+        **ids,
     )  # fmt: skip
     unet = UNet2DConditionModel(
         sample_size=4, in_channels=4, out_channels=4, cross_attention_dim=16, layers_per_block=1,
@@ -267,7 +268,12 @@ def test_export_replaces_the_old_student_and_leaves_nothing_beside(teacher, tmp_
     export(teacher, folder, Sampler((999.0,)), name="new")
     assert [p.name for p in tmp_path.iterdir()] == ["student"]
     info = json.loads((folder / "diffdistill.json").read_text())
-    assert (info["name"], info["steps"], info["times"], info["kind"]) == ("new", 1, [999], "student")
+    assert (info["name"], info["steps"], info["times"], info["kind"]) == (
+        "new",
+        1,
+        [999],
+        "student",
+    )
     with pytest.raises(ValueError, match="Allowed: sd, edm"):
         export_student(
             folder, teacher_pipe=teacher, family="dit", weights=teacher.unet,
@@ -276,7 +282,8 @@ def test_export_replaces_the_old_student_and_leaves_nothing_beside(teacher, tmp_
 
 
 RECORD = {
-    "metric": "fd", "value": 12.3456, "protocol": "shapes-v1", "feature_net": "shapes-clip:12345678",
+    "metric": "fd", "value": 12.3456, "protocol": "shapes-v1",
+    "feature_net": "shapes-clip:12345678",
     "resize": "none", "n": 5000, "m": 10000, "reference": "abcd", "steps": 1, "guidance": 0,
 }  # fmt: skip
 
@@ -309,4 +316,4 @@ def test_card_header_survives_any_name():
     card = model_card(info)
     header = yaml.safe_load(card.split("\n---\n")[0])
     assert header["base_model"] == 'x: "y"\n---\nz | w'
-    assert "| teacher | x: \"y\" --- z \\| w |" in card
+    assert '| teacher | x: "y" --- z \\| w |' in card

@@ -89,6 +89,10 @@ def test_teacher_samples_with_heun_from_each_samples_own_noise(tmp_path):
     (eps,) = noise(seeds, 1)
     want = heun(pipe.denoiser(), EDM(), eps, {"label": torch.tensor(labels)}, 3)
     torch.testing.assert_close(got, (want / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=0)
+    again = pipe(labels, latents=eps, output_type="pt").images
+    torch.testing.assert_close(again, got, atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match=r"They must be \(3, 1, 14, 14\)"):
+        pipe(labels, latents=eps[:2])
     other = pipe(labels, num_inference_steps=2, generator=gens(seeds), output_type="pt").images
     assert (other - got).abs().max() > 1e-3
 

@@ -114,8 +114,8 @@ def test_verdict_compares_with_the_full_teacher(tmp_path, teacher):
     assert page == tmp_path / "quickstart-1a2b" / "report" / "index.html"
     data = json.loads((page.parent / "report.json").read_text())
     assert data["runs"][0]["verdict"] == (
-        "1 step: FD 12.3 vs the teacher's 9.8 at 25 steps; GenEval 0.853 vs the teacher's 0.934; "
-        "50x fewer network passes."
+        "1 step: FD 12.3 vs the teacher's 9.8 at 25 steps (n 5,000); GenEval 0.853 vs the "
+        "teacher's 0.934 (n 600); 50x fewer network passes."
     )
     assert data["runs"][0]["cost"]["network_passes"] == 1_234_567
     assert [row["label"] for row in data["teacher"]] == [
@@ -133,7 +133,8 @@ def test_page_is_self_contained_and_escapes_what_it_is_given(tmp_path, teacher):
     assert "http:" not in text and "@import" not in text and "<link" not in text
     for wanted in (
         "student before training", "teacher, 25 steps", "1,234,567", "3 min 34 s", "2.41 GiB",
-        "n 5,000", "10,000 reference images", NET, "left out: 1", "&quot;torch&quot;: &quot;2.14&quot;",
+        "n 5,000", "10,000 reference images", NET, "left out: 1",
+        "&quot;torch&quot;: &quot;2.14&quot;",
         "GenEval, n 600", "loss fake_score/dsm", "gradient norm", "expected 2 circles, found 1",
     ):  # fmt: skip
         assert wanted in text, wanted
@@ -213,7 +214,9 @@ def test_charts_place_points_where_they_belong():
     assert "(log)" not in svg and "(log)" in chart("loss", {"a": [(0, 1.0), (1, 100.0)]})
     assert chart("loss", {"a": [(0, math.nan)]}) == ""
     assert ticks(0.0, 1.0, False) == [0.0, 0.5, 1.0] and ticks(-0.1, 2.1, True)[:2] == [1.0, 5.0]
-    level = re.findall(r'class="level"[^>]* y1="([\d.]+)"', chart("x", {"a": [(0, 1.0), (9, 3.0)]}, level=2.0))
+    level = re.findall(
+        r'class="level"[^>]* y1="([\d.]+)"', chart("x", {"a": [(0, 1.0), (9, 3.0)]}, level=2.0)
+    )
     assert level == ["78.0"]  # half way between top and bottom
     assert thin([(i, float(i)) for i in range(1000)])[0] == (2.0, 2.0)  # mean of 0 .. 4
 

@@ -21,7 +21,7 @@ class Shuffled:
         if size < 1:
             raise ValueError("the data set is empty. Give at least one record.")
         self.size, self.seed = size, seed
-        self._epoch: tuple[tuple[int, int], np.ndarray] | None = None
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}  # draw -> its latest epoch
 
     def indices(self, step: int, draw: int, rows: range, batch_size: int) -> Tensor:
         start = step * batch_size
@@ -29,11 +29,10 @@ class Shuffled:
         return torch.tensor([self._permutation(epoch, draw)[i] for epoch, i in flat])
 
     def _permutation(self, epoch: int, draw: int) -> np.ndarray:
-        key = (epoch, draw)
-        if self._epoch is None or self._epoch[0] != key:
+        if draw not in self._orders or self._orders[draw][0] != epoch:
             rng = np.random.default_rng([self.seed, draw, epoch])
-            self._epoch = (key, rng.permutation(self.size))
-        return self._epoch[1]
+            self._orders[draw] = epoch, rng.permutation(self.size)
+        return self._orders[draw][1]
 
 
 class TensorStream:
