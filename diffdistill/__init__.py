@@ -1,8 +1,8 @@
 """Turn slow diffusion teachers into students that need one to eight steps.
 
-    import diffdistill as dd
-    teacher = dd.load_teacher("shapes-sd")
-    run = dd.distill(teacher, method="dmd", steps=2000, out="runs/x")
+import diffdistill as dd
+teacher = dd.load_teacher("shapes-sd")
+run = dd.distill(teacher, method="dmd", steps=2000, out="runs/x")
 """
 
 from __future__ import annotations

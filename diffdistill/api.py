@@ -9,9 +9,7 @@ from diffdistill.config import compose
 from diffdistill.run import Result, execute
 
 
-def distill(
-    teacher: Any, *, method: str, steps: int, out: str | Path, **overrides: Any
-) -> Result:
+def distill(teacher: Any, *, method: str, steps: int, out: str | Path, **overrides: Any) -> Result:
     """Distil a teacher and return the finished run.
 
     Args:

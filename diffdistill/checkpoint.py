@@ -1,11 +1,11 @@
 """Training state on disk: written aside, synced, renamed; verified by checksum when read.
 
-    checkpoints/step_000100/
-        <role>.safetensors               trainable parameters and buffers
-        <role>.optimizer.safetensors     optimizer state by parameter name
-        <role>.ema.<name>.safetensors    averages
-        state.json                       step, seconds, updates per role, fingerprint
-        manifest.json                    sha256 of every other file; written last
+checkpoints/step_000100/
+    <role>.safetensors               trainable parameters and buffers
+    <role>.optimizer.safetensors     optimizer state by parameter name
+    <role>.ema.<name>.safetensors    averages
+    state.json                       step, seconds, updates per role, fingerprint
+    manifest.json                    sha256 of every other file; written last
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Checkpoints:
             save_file(_weights(role.module), aside / f"{name}.safetensors")
             save_file(_optimizer_state(role), aside / f"{name}.optimizer.safetensors")
             for key, ema in role.ema.items():
-                save_file(ema.average, aside / f"{name}.ema.{key}.safetensors")
+                save_file(_packed(ema.average), aside / f"{name}.ema.{key}.safetensors")
         state = {
             "step": engine.step,
             "images": engine.images,
@@ -99,7 +99,9 @@ class Checkpoints:
                 return path
             damaged.append((path, problem))
         for bad, why in damaged:
-            warnings.warn(f"checkpoint {bad} is damaged ({why}); starting from step 0", stacklevel=2)
+            warnings.warn(
+                f"checkpoint {bad} is damaged ({why}); starting from step 0", stacklevel=2
+            )
         return None
 
     def resume(self, engine: Engine) -> None:
@@ -157,8 +159,12 @@ def _sync(path: Path) -> None:
 
 
 def _weights(module: nn.Module) -> dict[str, Tensor]:
-    tensors = dict(trainable(module)) | dict(module.named_buffers())
-    return {n: t.detach().contiguous().clone() for n, t in tensors.items()}
+    return _packed(dict(trainable(module)) | dict(module.named_buffers()))
+
+
+def _packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in the plain layout, which is what safetensors stores."""
+    return {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
 
 
 @torch.no_grad()
@@ -175,8 +181,8 @@ def _optimizer_state(role: Role) -> dict[str, Tensor]:
     out = {}
     for name, p in trainable(role.module):
         for key, value in role.optimizer.state.get(p, {}).items():
-            out[f"{name}|{key}"] = torch.as_tensor(value).detach().contiguous().clone()
-    return out
+            out[f"{name}|{key}"] = torch.as_tensor(value)
+    return _packed(out)
 
 
 def _load_optimizer(role: Role, saved: dict[str, Tensor]) -> None:

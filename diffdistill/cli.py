@@ -6,57 +6,21 @@ Exit codes: 0; 2 for the user's mistake (one line on stderr); 1 for ours (with t
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
 import json
-import os
-import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from diffdistill.errors import guarded
+
 METRICS = ("fid", "kid", "prdc", "clip", "geneval")
 LISTS = ("methods", "teachers", "data", "recipes", "metrics")
-FULL, NO_ACCESS = (errno.ENOSPC, errno.EDQUOT), (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     return guarded(lambda: args.call(args))
-
-
-def guarded(call: Callable[[], int | None]) -> int:
-    """Exit code of a call; errors are reported here. Modules with a `main` use it, too."""
-    try:
-        return call() or 0
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # diffdistill list | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
-    except Exception as error:
-        line = _users_fault(error)
-        if line is None or os.environ.get("DIFFDISTILL_TRACE"):
-            traceback.print_exc()
-        if line is None:
-            return 1
-        print(f"diffdistill: {line}", file=sys.stderr)
-        return 2
-
-
-def _users_fault(error: Exception) -> str | None:
-    """The line for what the user can mend, None for our own faults."""
-    text = " ".join(str(error).split())
-    number = error.errno if isinstance(error, OSError) else None
-    if number in FULL or os.strerror(errno.ENOSPC) in text:  # safetensors has only the text
-        return (
-            f"the disk is full ({text}). Free some space and run the same command again; a run "
-            "continues from its last checkpoint."
-        )
-    if number in NO_ACCESS:
-        return f"no access: {text}. Choose another folder, or change its permissions."
-    return text if isinstance(error, ValueError) else None
 
 
 class _Parser(argparse.ArgumentParser):

@@ -153,9 +153,7 @@ class Denoiser(nn.Module):
 
     def null_cond(self, like: Tensor) -> dict[str, Tensor]:
         """The unconditional condition for a batch of len(like)."""
-        return {
-            k: v.to(like.device).expand(len(like), *v.shape[1:]) for k, v in self.null.items()
-        }
+        return {k: v.to(like.device).expand(len(like), *v.shape[1:]) for k, v in self.null.items()}
 
     def _call(self, z: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
         self.passes += len(z)

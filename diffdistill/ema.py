@@ -1,8 +1,8 @@
 """Averages of trainable parameters, updated in place on the device.
 
-    decay      avg <- beta avg + (1 - beta) p
-    halflife   beta = 0.5 ** (batch / halflife), halflife in images (Karras et al., EDM2)
-    power      beta = (1 - 1/n) ** (gamma + 1)  (Karras et al., arXiv 2312.02696, Eq. 121)
+decay      avg <- beta avg + (1 - beta) p
+halflife   beta = 0.5 ** (batch / halflife), halflife in images (Karras et al., EDM2)
+power      beta = (1 - 1/n) ** (gamma + 1)  (Karras et al., arXiv 2312.02696, Eq. 121)
 """
 
 from __future__ import annotations

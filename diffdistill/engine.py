@@ -153,10 +153,14 @@ class Engine:
 
     # ---- set-up -------------------------------------------------------------------------
 
-    def _check_names(self, roles: Mapping[str, nn.Module], optim: Mapping[str, OptimConfig]) -> None:
+    def _check_names(
+        self, roles: Mapping[str, nn.Module], optim: Mapping[str, OptimConfig]
+    ) -> None:
         named = {r for u in self.updates for r in u.trains}
         if not named <= set(roles):
-            raise ValueError(f"updates train {sorted(named - set(roles))}, roles are {sorted(roles)}")
+            raise ValueError(
+                f"updates train {sorted(named - set(roles))}, roles are {sorted(roles)}"
+            )
         if stray := set(optim) - {"default", *roles}:
             raise ValueError(
                 f"optim has settings for {sorted(stray)}, but this method has the roles "
@@ -334,7 +338,11 @@ class Engine:
         cfg, n = role.cfg, role.updates
         warm = min(1.0, (n + 1) / cfg.warmup) if cfg.warmup else 1.0
         done = min(1.0, n / role.total)
-        shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
+        shape = {
+            "constant": 1.0,
+            "linear": 1 - done,
+            "cosine": 0.5 + 0.5 * math.cos(math.pi * done),
+        }
         return cfg.lr * warm * (cfg.final + (1 - cfg.final) * shape[cfg.decay])
 
     def _micro_batches(self, draw: int) -> list[Batch]:

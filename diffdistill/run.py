@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from diffdistill import runtime
 from diffdistill.checkpoint import Checkpoints
-from diffdistill.config import RunConfig, fingerprint, to_yaml
+from diffdistill.config import RunConfig, compose, fingerprint, to_yaml
 from diffdistill.data import fashion, prepare, shapes
 from diffdistill.denoiser import Denoiser, Runtime, guided
 from diffdistill.engine import Engine, Every
@@ -56,6 +56,11 @@ def execute(
     """Train (or continue), export, evaluate, report. `teacher` overrides cfg.teacher.name."""
     folder = writable(Path(cfg.run.root) / (cfg.run.name or "run"))
     if (folder / "DONE").is_file():
+        earlier, _ = compose([f"recipe={folder / 'config.yaml'}"])
+        if fingerprint(earlier) != fingerprint(cfg):
+            raise ValueError(
+                f"{folder} holds a finished run with other settings. Set another run.name, or remove it."
+            )
         print(f"{folder} is finished; remove it or set run.name to train again")
         return Result(folder, folder / "student", True, _last_evaluation(folder))
     accelerator = Accelerator()
@@ -74,7 +79,9 @@ def execute(
         engine = build(cfg, cls, needs, loaded, folder, accelerator, tracker)
         if main:
             print(f"{cfg.method_name} on {loaded.name}: {folder}")
-            print(f"execution: {runtime.describe(loaded.denoiser.runtime)}, {torch.get_num_threads()} threads")
+            print(
+                f"execution: {runtime.describe(loaded.denoiser.runtime)}, {torch.get_num_threads()} threads"
+            )
         started = time.perf_counter()
         engine.fit(callbacks(cfg, engine, loaded, tracker))
         if engine.preempted and engine.step < cfg.train.steps:
@@ -85,6 +92,10 @@ def execute(
             evaluation = finish(cfg, engine, loaded, folder, argv or sys.argv)
             done = {"steps": engine.step, "seconds_of_this_start": time.perf_counter() - started}
             (folder / "DONE").write_text(json.dumps(done) + "\n")
+            if cfg.report and loaded.family != "module":
+                from diffdistill.eval.report import write_report
+
+                print(f"report: {write_report([folder])}")
         accelerator.wait_for_everyone()
         return Result(folder, folder / "student", True, evaluation)
     except Exception as error:
@@ -157,7 +168,9 @@ def with_lora(teacher: Denoiser, rank: int) -> Denoiser:
     shared = {id(p): p for p in (*teacher.net.parameters(), *teacher.net.buffers())}
     student = teacher.clone(copy.deepcopy(teacher.net, shared))
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights="gaussian")
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights="gaussian"
+    )
     student.net.requires_grad_(False)
     inject_adapter_in_model(config, student.net.unet)
     student.trainable_names = {n for n, p in student.named_parameters() if p.requires_grad}
@@ -169,7 +182,9 @@ def with_lora(teacher: Denoiser, rank: int) -> Denoiser:
 def check_needs(name: str, needs: Needs, teacher: Teacher) -> None:
     """What can be known before anything runs."""
     if needs.teacher != "denoiser":
-        raise ValueError(f"method {name!r} distils {needs.teacher} teachers, not {teacher.family!r}")
+        raise ValueError(
+            f"method {name!r} distils {needs.teacher} teachers, not {teacher.family!r}"
+        )
     if needs.features and teacher.denoiser.feature_layer is None:
         raise ValueError(
             f"method {name!r} with these options reads discriminator features, but teacher "
@@ -205,7 +220,7 @@ def preview_conditions(teacher: Teacher, stream: Any) -> tuple[list[Any], dict[s
     if world == "fashion":
         conditions = [i % len(fashion.CLASSES) for i in range(PREVIEWS)]
         return conditions, dict(teacher.encode(conditions))
-    rows = torch.arange(PREVIEWS) % len(stream._order.indices(0, 0, range(PREVIEWS), PREVIEWS))
+    rows = torch.arange(PREVIEWS) % stream.size
     return [None] * PREVIEWS, {k: fn(rows) for k, fn in stream.cond.items()}
 
 
@@ -219,12 +234,16 @@ def callbacks(
     _, cond = preview_conditions(teacher, engine.stream)
     cond = {k: v.to(device) for k, v in cond.items()}
     rng = torch.Generator().manual_seed(0)
-    noise = [torch.randn(PREVIEWS, *teacher.denoiser.shape, generator=rng).to(device) for _ in range(8)]
+    noise = [
+        torch.randn(PREVIEWS, *teacher.denoiser.shape, generator=rng).to(device) for _ in range(8)
+    ]
 
     def teacher_grid(engine: Engine) -> None:
         denoise = guided(teacher.denoiser, float(teacher.info.get("guidance", 1.0)))
         solve = ode.heun if teacher.family == "edm" else ode.ddim
-        x = solve(denoise, teacher.denoiser.schedule, noise[0], cond, int(teacher.info.get("steps", 25)))
+        x = solve(
+            denoise, teacher.denoiser.schedule, noise[0], cond, int(teacher.info.get("steps", 25))
+        )
         tracker.images(0, "teacher", teacher.to_images(x), 8)
 
     @torch.no_grad()
@@ -282,7 +301,9 @@ def finish(
         denoiser = student_denoiser(engine)
         if teacher.family == "module":
             student.mkdir(exist_ok=True)
-            tensors = {k: v.detach().cpu().contiguous() for k, v in denoiser.net.state_dict().items()}
+            tensors = {
+                k: v.detach().cpu().contiguous() for k, v in denoiser.net.state_dict().items()
+            }
             save_file(tensors, student / "student.safetensors")
             (student / "diffdistill.json").write_text(json.dumps(info, indent=1))
             return None
@@ -295,11 +316,9 @@ def finish(
     print(f"student: {student}")
     evaluation = None
     if cfg.evaluate.at_end and teacher.info.get("protocol"):
-        evaluation = judge(student, folder / "eval" / f"step_{engine.step:06d}.json", cfg.evaluate.n)
-    if cfg.report:
-        from diffdistill.eval.report import write_report
-
-        print(f"report: {write_report([folder])}")
+        evaluation = judge(
+            student, folder / "eval" / f"step_{engine.step:06d}.json", cfg.evaluate.n
+        )
     return evaluation
 
 
@@ -315,11 +334,15 @@ def judge(student: Path, out: Path, n: int | None) -> dict[str, Any]:
     (student / "diffdistill.json").write_text(json.dumps(info, indent=1))
     write_card(student, info)
     for record in result["records"]:
-        print(f"  {record['metric']:<12} {record['value']:.4f}   (n={record['n']}, {record['protocol']})")
+        print(
+            f"  {record['metric']:<12} {record['value']:.4f}   (n={record['n']}, {record['protocol']})"
+        )
     return result
 
 
-def student_info(cfg: RunConfig, engine: Engine, teacher: Teacher, argv: list[str]) -> dict[str, Any]:
+def student_info(
+    cfg: RunConfig, engine: Engine, teacher: Teacher, argv: list[str]
+) -> dict[str, Any]:
     """What the student's diffdistill.json says."""
     sampler: Sampler = engine.method.sampler()
     own = {k: teacher.info.get(k) for k in ("world", "protocol", "licence")}
@@ -369,7 +392,9 @@ def device_name(device: torch.device) -> str:
 def set_threads(threads: int, accelerator: Accelerator) -> None:
     """Cores / local processes: `accelerate launch` exports OMP_NUM_THREADS=1 on a CPU."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     torch.set_num_threads(threads or max(1, cores // local))
 
 
@@ -380,11 +405,15 @@ def writable(folder: Path) -> Path:
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
     except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error.strerror}. Set run.root=DIR.") from error
+        raise ValueError(
+            f"cannot write to {folder}: {error.strerror}. Set run.root=DIR."
+        ) from error
     return folder
 
 
-def _write_config(folder: Path, cfg: RunConfig, provenance: Mapping[str, str], argv: list[str]) -> None:
+def _write_config(
+    folder: Path, cfg: RunConfig, provenance: Mapping[str, str], argv: list[str]
+) -> None:
     (folder / "config.yaml").write_text(to_yaml(cfg))
     versions = {}
     for name in PACKAGES:

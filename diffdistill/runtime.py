@@ -49,7 +49,9 @@ def choose(denoiser: Denoiser, batch: Batch, cfg: PrecisionConfig) -> tuple[Runt
     def measure(runtime: Runtime) -> float:
         net.runtime = runtime
         _apply_format(net, runtime)
-        label = f"{runtime.dtype} attention={runtime.attention} channels_last={runtime.channels_last}"
+        label = (
+            f"{runtime.dtype} attention={runtime.attention} channels_last={runtime.channels_last}"
+        )
         if label not in seconds:
             seconds[label] = _time(lambda: _pass(net, batch), batch.device)
         return seconds[label]

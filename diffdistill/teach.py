@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from diffdistill.config import folder as config_folder
 from diffdistill.config import names
 from diffdistill.ema import EmaConfig
 from diffdistill.engine import Engine, Every, OptimConfig, Stream, TrainConfig
+from diffdistill.errors import guarded
 from diffdistill.method import Method
 from diffdistill.registry import unknown
 from diffdistill.run import set_threads, writable
@@ -68,19 +68,11 @@ def train_stage(
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, 2 (the user's mistake, one line) or 1 (ours, with trace)."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        teach(dict(a.split("=", 1) if "=" in a else (a, "") for a in argv))
-    except ValueError as error:
-        print(f"diffdistill: {error}", file=sys.stderr)
-        return 2
-    except Exception:
-        traceback.print_exc()
-        return 1
-    return 0
+    return guarded(lambda: teach(dict(a.split("=", 1) if "=" in a else (a, "") for a in argv)))
 
 
-def teach(arguments: dict[str, str]) -> Path:
-    """recipe=NAME [out=DIR] [stage.key=value ...] -> the folder with teachers/ and judges/."""
+def teach(arguments: dict[str, str]) -> None:
+    """recipe=NAME [out=DIR] [stage.key=value ...]: writes teachers/ and judges/ below out."""
     name, out = arguments.pop("recipe", ""), arguments.pop("out", "")
     if name not in names("teach"):
         raise ValueError(unknown("teach recipe", name, names("teach")) + ". Give recipe=NAME")
@@ -96,7 +88,6 @@ def teach(arguments: dict[str, str]) -> Path:
     (folder / "recipe.json").write_text(json.dumps(settings, indent=1))
     made = getattr(worlds, name.replace("-", "_"))(settings, folder, accelerator, train_stage)
     print(f"made {made}")
-    return made
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ class Tracker:
             try:
                 import wandb as client
             except ImportError as error:
-                raise ValueError("log.wandb=true needs: pip install 'diffdistill[wandb]'") from error
+                raise ValueError(
+                    "log.wandb=true needs: pip install 'diffdistill[wandb]'"
+                ) from error
             self._wandb = client.init(project="diffdistill", dir=folder, config=dict(config or {}))
 
     def rewind(self, step: int) -> None:
@@ -32,7 +34,9 @@ class Tracker:
         file = self.folder / "metrics.jsonl"
         if file.is_file():
             lines = file.read_text().splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            kept = [
+                line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step
+            ]
             aside = file.with_suffix(".partial")
             aside.write_text("".join(f"{line}\n" for line in kept))
             aside.replace(file)

@@ -118,10 +118,11 @@ def read_run(path: Path) -> Run:
     log, damaged = _read_log(path / "metrics.jsonl")
     info = path / "student" / "diffdistill.json"
     failed = path / "FAILED"
+    status = "finished" if (path / "DONE").is_file() else "unfinished"
     grids = sorted((path / "samples").glob("teacher*.png"))
     return Run(
         path=path.resolve(),
-        status="failed" if failed.is_file() else "finished" if (path / "DONE").exists() else "unfinished",
+        status="failed" if failed.is_file() else status,
         failure=_text(failed),
         info=json.loads(info.read_text()) if info.is_file() else {},
         log=log,

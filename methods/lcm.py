@@ -56,7 +56,9 @@ class LCM(Method):
         t, s = (grid[i].double().to(x.device) for i in (index, index - 1))
         z = add_noise(self.schedule, x, torch.randn_like(x), t)
         with torch.no_grad():
-            z_s = ddim_step(self.schedule, guided(self.teacher, self.cfg.guidance)(z, t, cond), z, t, s)
+            z_s = ddim_step(
+                self.schedule, guided(self.teacher, self.cfg.guidance)(z, t, cond), z, t, s
+            )
             target = self.consistency(z_s, s, cond)
         d = self.consistency(z, t, cond) - target
         return {"consistency": ((d.square() + self.cfg.huber**2).sqrt() - self.cfg.huber).mean()}

@@ -38,7 +38,9 @@ def load(split: str) -> tuple[Tensor, Tensor]:
     images = _read(Path(f"{stem}-images-idx3-ubyte.gz"), 16).reshape(-1, 1, 28, 28)
     labels = _read(Path(f"{stem}-labels-idx1-ubyte.gz"), 8)
     if len(images) != len(labels):
-        raise ValueError(f"{stem}: {len(images)} images but {len(labels)} labels; files are damaged")
+        raise ValueError(
+            f"{stem}: {len(images)} images but {len(labels)} labels; files are damaged"
+        )
     return torch.from_numpy(images), torch.from_numpy(labels).long()
 
 

@@ -21,20 +21,20 @@ def list_folder(folder: str | None) -> list[Path]:
     return files
 
 
-def read_all(files: list[Path], size: int) -> Tensor:
-    """uint8 [N, 3, size, size]: centre crop to a square, Lanczos. A damaged file is an error."""
-    return torch.stack([_read(file, size) for file in files])
+def read_all(files: list[Path], size: int, *, grey: bool = False) -> Tensor:
+    """uint8 [N, 3 or 1, size, size]: centre crop, Lanczos. A damaged file is an error."""
+    return torch.stack([_read(file, size, "L" if grey else "RGB") for file in files])
 
 
-def _read(file: Path, size: int) -> Tensor:
+def _read(file: Path, size: int, mode: str) -> Tensor:
     from PIL import Image, ImageOps
 
     try:
         with Image.open(file) as image:
-            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+            image = ImageOps.fit(image.convert(mode), (size, size), Image.Resampling.LANCZOS)
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"cannot read image {file}: {error}. Remove or replace it.") from error
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(image).reshape(size, size, -1)).permute(2, 0, 1)
 
 
 def captions(files: list[Path]) -> list[str]:

@@ -88,7 +88,7 @@ def source(cfg: DataConfig, teacher: Teacher) -> Source:
     if name == "folder":
         files = images.list_folder(cfg.folder)[: cfg.size]
         size = teacher.info.get("image_size") or _image_size(teacher)
-        pixels = images.read_all(files, size)
+        pixels = images.read_all(files, size, grey=teacher.denoiser.shape[0] == 1)
         captions = images.captions(files) if teacher.family == "sd" else images.labels(files)
         return Source(f"folder-{_hash([str(f) for f in files])}", captions, lambda: pixels)
     return Source(f"none-{cfg.size}", [None] * cfg.size, None)
@@ -117,9 +117,13 @@ def stream(
         x = _cached(folder / "x.safetensors", lambda: teacher.to_x(raw.images()))
     pairs = None
     if needs.pairs:
-        pairs = teacher_pairs(teacher, lookups, len(raw.conditions), needs.pairs, guidance, folder, device)
+        pairs = teacher_pairs(
+            teacher, lookups, len(raw.conditions), needs.pairs, guidance, folder, device
+        )
     shape = teacher.denoiser.shape
-    return TensorStream(len(raw.conditions), shape, lookups, x=x, pairs=pairs, seed=seed, device=device)
+    return TensorStream(
+        len(raw.conditions), shape, lookups, x=x, pairs=pairs, seed=seed, device=device
+    )
 
 
 def teacher_pairs(
@@ -157,7 +161,9 @@ def teacher_pairs(
 def read_prompts(path: str | None) -> list[str]:
     """One prompt a line; empty lines are skipped."""
     if path is None or not Path(path).is_file():
-        raise ValueError(f"prompt file {path!r} does not exist. Set data.prompts=FILE, a prompt a line.")
+        raise ValueError(
+            f"prompt file {path!r} does not exist. Set data.prompts=FILE, a prompt a line."
+        )
     prompts = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
     if not prompts:
         raise ValueError(f"prompt file {path!r} is empty. Write one prompt a line.")
@@ -179,7 +185,9 @@ def _conditions(raw: Source, teacher: Teacher) -> dict[str, Lookup]:
 
 def _render(scenes: list[shapes.Scene]) -> Tensor:
     parts = range(0, len(scenes), 2000)
-    return torch.cat([shapes.render(scenes[i : i + 2000]) for i in tqdm(parts, "render", disable=None)])
+    return torch.cat(
+        [shapes.render(scenes[i : i + 2000]) for i in tqdm(parts, "render", disable=None)]
+    )
 
 
 def _image_size(teacher: Teacher) -> int:

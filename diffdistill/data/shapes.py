@@ -169,7 +169,9 @@ def _place(wanted: list[tuple[str, str]], record: dict, rng: np.random.Generator
             return things
         gap = centres[1] - centres[0]
         along = abs(gap[0]) if relation in ("left of", "right of") else abs(gap[1])
-        if relations(things[1].box(), things[0].box()) == {relation} and along > 0.8 * np.hypot(*gap):
+        if relations(things[1].box(), things[0].box()) == {relation} and along > 0.8 * np.hypot(
+            *gap
+        ):
             return things
 
 
@@ -185,13 +187,9 @@ def inside(shape: str, x: Tensor, y: Tensor, r: Tensor) -> Tensor:
     if shape == "cross":
         long, wide = 0.95 * r, 0.29 * r
         x, y = x.abs(), y.abs()
-        return torch.maximum(
-            torch.minimum(long - x, wide - y), torch.minimum(wide - x, long - y)
-        )
+        return torch.maximum(torch.minimum(long - x, wide - y), torch.minimum(wide - x, long - y))
     if shape == "triangle":
-        edges = [
-            0.5 * r - (x * np.cos(a) + y * np.sin(a)) for a in (np.pi / 3, np.pi, -np.pi / 3)
-        ]
+        edges = [0.5 * r - (x * np.cos(a) + y * np.sin(a)) for a in (np.pi / 3, np.pi, -np.pi / 3)]
         return torch.minimum(torch.minimum(edges[0], edges[1]), edges[2])
     sector = 2 * np.pi / 5  # star: fold the plane into half a sector, one edge remains
     theta = torch.remainder(torch.atan2(y, x) + sector / 2, sector) - sector / 2

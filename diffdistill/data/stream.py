@@ -56,7 +56,8 @@ class TensorStream:
         seed: int = 0,
         device: torch.device | str = "cpu",
     ):
-        self.shape, self.cond, self.x, self.pairs, self.device = shape, cond, x, pairs, device
+        self.size, self.shape, self.cond, self.device = size, shape, cond, device
+        self.x, self.pairs = x, pairs
         self._order = Shuffled(size, seed)
         self._pair_order = Shuffled(len(pairs[0]), seed + 1) if pairs is not None else None
 

@@ -63,7 +63,11 @@ def backward_simulation(
 
 
 def student_output(
-    denoise: Denoise, schedule: Schedule, batch: Batch, sampler: Sampler, source: str = "backward_sim"
+    denoise: Denoise,
+    schedule: Schedule,
+    batch: Batch,
+    sampler: Sampler,
+    source: str = "backward_sim",
 ) -> Tensor:
     """One clean estimate of the student at a random one of its steps (DMD2, Sec. 4.5).
 

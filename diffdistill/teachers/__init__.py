@@ -16,6 +16,16 @@ from diffdistill.denoiser import Cond, Denoiser
 INFO = "diffdistill.json"
 
 
+SUPPORTED = ("StableDiffusionPipeline", "EDMPipeline")
+
+
+def no_adapter(kind: str) -> str:
+    return (
+        f"no adapter for pipelines of class {kind}. Supported: {', '.join(SUPPORTED)}. Wrap another "
+        "network as diffdistill.Denoiser(net, schedule=..., prediction=...)."
+    )
+
+
 @dataclass
 class Teacher:
     """A frozen teacher and what surrounds it.
@@ -82,8 +92,7 @@ def embedded() -> list[str]:
     """Names of the teachers that ship with the package."""
     from diffdistill import assets
 
-    folder = assets.path("teachers")
-    return sorted(p.name for p in folder.iterdir() if (p / "model_index.json").is_file())
+    return assets.names("teachers")
 
 
 def _load_pipe(folder: str) -> Any:
@@ -92,16 +101,20 @@ def _load_pipe(folder: str) -> Any:
     index = Path(folder) / "model_index.json"
     if Path(folder).is_dir() and not index.is_file():
         raise ValueError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
-    if index.is_file() and json.loads(index.read_text())["_class_name"] == "EDMPipeline":
-        from diffdistill.pipelines.edm import EDMPipeline
+    if index.is_file():
+        kind = json.loads(index.read_text())["_class_name"]
+        if kind == "EDMPipeline":
+            from diffdistill.pipelines.edm import EDMPipeline
 
-        return EDMPipeline.from_pretrained(folder)
+            return EDMPipeline.from_pretrained(folder)
+        if kind not in SUPPORTED:
+            raise ValueError(no_adapter(kind))
     return DiffusionPipeline.from_pretrained(folder)
 
 
 def _adapt(pipe: Any, info: dict[str, Any]) -> Teacher:
     kind = type(pipe).__name__
-    if "StableDiffusion" in kind and hasattr(pipe, "unet") and not hasattr(pipe, "text_encoder_2"):
+    if kind == "StableDiffusionPipeline":
         from diffdistill.teachers import sd
 
         denoiser = sd.sd_denoiser(
@@ -132,11 +145,7 @@ def _adapt(pipe: Any, info: dict[str, Any]) -> Teacher:
             to_images=sd.to_uint8, pipe=pipe, info=info,
         )  # fmt: skip
     else:
-        raise ValueError(
-            f"no adapter for pipelines of class {kind}. Supported: StableDiffusionPipeline (1.x, 2.x), "
-            "EDMPipeline. Wrap another network as diffdistill.Denoiser(net, schedule=..., "
-            "prediction=...)."
-        )
+        raise ValueError(no_adapter(kind))
     for part in getattr(pipe, "components", {}).values():
         if isinstance(part, torch.nn.Module):
             part.eval().requires_grad_(False)
@@ -145,7 +154,9 @@ def _adapt(pipe: Any, info: dict[str, Any]) -> Teacher:
 
 def _module(denoiser: Denoiser) -> Teacher:
     if not denoiser.shape:
-        raise ValueError("a Denoiser used as a teacher needs its sample shape: Denoiser(..., shape=(C, H, W))")
+        raise ValueError(
+            "a Denoiser used as a teacher needs its sample shape: Denoiser(..., shape=(C, H, W))"
+        )
     denoiser.eval().requires_grad_(False)
     return Teacher(
         "module", "module", denoiser, encode=lambda _: {}, to_x=lambda x: x.float(),

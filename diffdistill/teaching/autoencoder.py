@@ -51,7 +51,11 @@ class Autoencoder(Method):
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         error = out - batch.x
-        return {"l1": error.abs().mean(), "l2": error.square().mean(), "kl": self.cfg.kl_weight * kl}
+        return {
+            "l1": error.abs().mean(),
+            "l2": error.square().mean(),
+            "kl": self.cfg.kl_weight * kl,
+        }
 
 
 @torch.no_grad()

@@ -155,7 +155,9 @@ def _clip(
     towers.runtime = Runtime("bf16" if _bf16_is_native() else "fp32", False, "math")
 
     def ids(texts: list[str]) -> Tensor:
-        return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return tokenizer(
+            texts, padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids
 
     own = ids([s.caption for s in scenes])
     order = Shuffled(len(scenes), 0)
@@ -274,12 +276,18 @@ def _fast(denoiser: Any, batch: Batch) -> None:
 
 
 def _bf16_is_native() -> bool:
-    return torch.cpu._is_amx_tile_supported() if hasattr(torch.cpu, "_is_amx_tile_supported") else False
+    return (
+        torch.cpu._is_amx_tile_supported()
+        if hasattr(torch.cpu, "_is_amx_tile_supported")
+        else False
+    )
 
 
 def _card(folder: Path, info: Settings, settings: Settings, text: str) -> None:
     """diffdistill.json and README.md of a teacher or judge."""
-    weights = {str(p.relative_to(folder)): sha256(p)[:12] for p in sorted(folder.rglob("*.safetensors"))}
+    weights = {
+        str(p.relative_to(folder)): sha256(p)[:12] for p in sorted(folder.rglob("*.safetensors"))
+    }
     command = f"diffdistill teach recipe={settings['recipe']}"
     record = info | {"command": command, "recipe": settings, "weights": weights}
     (folder / "diffdistill.json").write_text(json.dumps(record, indent=1) + "\n")

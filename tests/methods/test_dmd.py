@@ -13,7 +13,12 @@ from diffdistill.parts.rollout import backward_simulation
 from diffdistill.parts.score import matching_direction, uniform_times, vsd_surrogate
 from diffdistill.schedules import DDPM, EDM, RectifiedFlow, TrigFlow, bcast, student_times
 from diffdistill.testing import (
-    GaussianNet, PredictionNet, gaussian, run_method, student_samples, tiny_denoiser,
+    GaussianNet,
+    PredictionNet,
+    gaussian,
+    run_method,
+    student_samples,
+    tiny_denoiser,
 )  # fmt: skip
 
 SD = DDPM((1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0))
@@ -32,7 +37,8 @@ def test_1_one_element_surrogate():
 
 
 @pytest.mark.parametrize(
-    ("m", "q", "want_mean", "want_scale"), [(2.0, 1.0, 1.0, 0.0), (0.0, 2.0, 0.0, 0.6), (0, 1, 0, 0)]
+    ("m", "q", "want_mean", "want_scale"),
+    [(2.0, 1.0, 1.0, 0.0), (0.0, 2.0, 0.0, 0.6), (0, 1, 0, 0)],
 )
 def test_2_gaussian_gradient_in_closed_form(m, q, want_mean, want_scale):
     real, fake = gaussian((0.0,), 1.0), gaussian((float(m),), float(q))
@@ -80,7 +86,9 @@ def test_4_only_the_student_gets_gradients_and_the_gan_path_reaches_it():
     t = uniform_times(method.schedule, x, 0.02, 0.98)
     z = x.detach() + bcast(t, x) * torch.randn_like(x)
     with torch.no_grad():
-        v = matching_direction(x, method.teacher(z, t, batch.cond), method.fake_score(z, t, batch.cond))
+        v = matching_direction(
+            x, method.teacher(z, t, batch.cond), method.fake_score(z, t, batch.cond)
+        )
     torch.testing.assert_close(matching, v / x.numel())
     (through_gan,) = torch.autograd.grad(losses["gan"], x)
     assert through_gan.abs().max() > 0
@@ -108,9 +116,7 @@ def test_5_backward_simulation_moments(renoise, holds):
     half = lambda u, t, cond: 0.5 * u  # noqa: E731
     torch.manual_seed(0)
     eps = torch.randn(200_000, 1)
-    variances = [
-        backward_simulation(half, SD, eps, {}, sampler, i).var().item() for i in range(4)
-    ]
+    variances = [backward_simulation(half, SD, eps, {}, sampler, i).var().item() for i in range(4)]
     right = variances == pytest.approx([1.0, 0.9575, 0.7888, 0.4578], abs=0.006)
     assert right is holds
 
@@ -155,9 +161,7 @@ def test_8_gan_optimum_of_a_linear_logit():
 
 
 def test_distils_a_gaussian():
-    engine = run_method(
-        "dmd", gaussian((1.0, -0.5), 0.4, SMALL), steps=500, batch_size=256, ttur=2
-    )
+    engine = run_method("dmd", gaussian((1.0, -0.5), 0.4, SMALL), steps=500, batch_size=256, ttur=2)
     x = student_samples(engine, 20_000)
     assert x.mean(0).tolist() == pytest.approx([1.0, -0.5], abs=0.05)
     assert x.std(0).tolist() == pytest.approx([0.4, 0.4], abs=0.05)
@@ -192,7 +196,9 @@ def test_guided_fake_score_wrong_fixed_point():
 
 
 @pytest.mark.parametrize("prediction", ["x0", "eps", "v", "flow"])
-@pytest.mark.parametrize("schedule", [EDM(t_max=5.0), RectifiedFlow(t_max=0.98), TrigFlow(t_min=0.02, t_max=1.5)])
+@pytest.mark.parametrize(
+    "schedule", [EDM(t_max=5.0), RectifiedFlow(t_max=0.98), TrigFlow(t_min=0.02, t_max=1.5)]
+)
 def test_any_prediction_type_and_schedule(prediction, schedule):
     net = gaussian((0.8,), 0.5, schedule).net
     teacher = Denoiser(PredictionNet(net, schedule, prediction), schedule, prediction, shape=(1,))

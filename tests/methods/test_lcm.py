@@ -66,7 +66,9 @@ def test_boundary_condition():
     out = engine.method.consistency(z, torch.zeros(5, dtype=torch.float64), {})
     torch.testing.assert_close(out, z)
     late = engine.method.consistency(z, torch.full((5,), 999.0, dtype=torch.float64), {})
-    torch.testing.assert_close(late, engine.method.student(z, torch.full((5,), 999.0), {}), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        late, engine.method.student(z, torch.full((5,), 999.0), {}), atol=1e-4, rtol=0
+    )
 
 
 def test_wrong_unguided_step_when_guidance_is_asked_for():
