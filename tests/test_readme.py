@@ -1,0 +1,28 @@
+"""The README's own example method runs as it stands."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from diffdistill.registry import get_method
+from diffdistill.schedules import EDM
+from diffdistill.testing import gaussian, run_method, student_samples
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_the_example_method_is_short_and_distils_a_gaussian(tmp_path):
+    code = next(c for c in re.findall(r"```python\n(.*?)```", README, re.S) if "class Mine" in c)
+    assert len(code.splitlines()) < 60
+    file = tmp_path / "my_method.py"
+    file.write_text(code)
+    teacher = gaussian((0.6,), 0.4, EDM(t_max=5.0))
+    engine = run_method(get_method(f"{file}:Mine"), teacher, steps=300, teacher_steps=30)
+    assert student_samples(engine, 20_000).mean().item() == pytest.approx(0.6, abs=0.05)
+    assert student_samples(engine, 20_000).std().item() > 0.25  # the teacher as it is has 0.03
+
+
+def test_the_two_commands_are_there():
+    assert "pip install -e . && accelerate launch -m diffdistill.train recipe=quickstart" in README
+    assert 'pip install -e ".[test]" && pytest' in README
