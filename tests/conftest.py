@@ -27,7 +27,7 @@ def _fixed_state():
 
 @pytest.fixture
 def python():
-    """`python(*argv)` -> the argument list and the environment of a process that finds the package."""
+    """`python(*argv)` -> the argument list and environment of a process that finds the package."""
     where = Path(diffdistill.__file__).resolve().parents[1]
     paths = [str(where), *filter(None, [os.environ.get("PYTHONPATH")])]
 

@@ -24,7 +24,9 @@ class Crash(Exception):
     pass
 
 
-def train(folder=None, *, crash_at: int = 0, run: bool = True, channels_last=False, **more) -> Engine:
+def train(
+    folder=None, *, crash_at: int = 0, run: bool = True, channels_last=False, **more
+) -> Engine:
     """DMD2 with its GAN on labelled images, 12 steps, a checkpoint after every second one."""
     torch.manual_seed(0)
     teacher = tiny_denoiser()
@@ -153,7 +155,10 @@ DAMAGE = {
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json: FileNotFoundError"),
     "torn manifest": (tear_manifest, "manifest.json: JSONDecodeError"),
     "missing file": (lambda f: (f / "state.json").unlink(), "state.json is missing"),
-    "empty folder": (lambda f: [p.unlink() for p in f.iterdir()], "manifest.json: FileNotFoundError"),
+    "empty folder": (
+        lambda f: [p.unlink() for p in f.iterdir()],
+        "manifest.json: FileNotFoundError",
+    ),
 }
 
 
@@ -205,7 +210,7 @@ def test_a_damaged_checkpoint_does_not_displace_intact_ones(tmp_path, interrupte
 def test_a_leftover_of_an_interrupted_save_is_ignored(tmp_path, interrupted, whole):
     shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
     newest = tmp_path / "checkpoints" / "step_000006"
-    aside = newest.with_name(".step_000008.partial")
+    aside = newest.with_name(".step_000012.partial")
     shutil.copytree(newest, aside)
     flip(aside)
     (aside / "stray.safetensors").write_bytes(b"x")
@@ -234,11 +239,12 @@ def test_another_network_is_refused(tmp_path, interrupted):
 def test_newest_is_by_number_and_old_ones_go(tmp_path):
     engine = run_method("kd", gaussian((0.0,), 1.0), steps=1, batch_size=2, folder=tmp_path,
                         pairs=(torch.zeros(4, 1), torch.zeros(4, 1)), train=False)  # fmt: skip
-    for step in (999_990, 1_000_000, 1_000_010):
+    engine.checkpoints.keep = 3
+    for step in (999_980, 999_990, 1_000_000, 1_000_010):
         engine.step = step
         engine.checkpoints.save(engine)
     names = [p.name for p in engine.checkpoints.complete()]
-    assert names == ["step_1000000", "step_1000010"]
+    assert names == ["step_999990", "step_1000000", "step_1000010"]
     assert engine.checkpoints.newest_intact().name == "step_1000010"
 
 
@@ -359,11 +365,15 @@ def test_kill_9_at_ten_random_moments(tmp_path, python):
         assert 20 <= kill["newest"] < 300, told
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     names = ["student/student.safetensors"]
-    names += [f"checkpoints/step_000300/{p.name}" for p in (whole / "checkpoints/step_000300").iterdir()]
+    names += [
+        f"checkpoints/step_000300/{p.name}" for p in (whole / "checkpoints/step_000300").iterdir()
+    ]
     assert len(names) == 8
     for name in names:
         if name.endswith(".safetensors"):
             assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
-    steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()
+    ]
     assert steps == list(range(10, 301, 10))  # each once, none forgotten
     assert (killed / "DONE").is_file()

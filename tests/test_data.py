@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import re
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -20,7 +21,9 @@ def stream(size: int = 20, seed: int = 0, **more) -> TensorStream:
     return TensorStream(size, (1,), {"id": lambda i: rows[i]}, seed=seed, **more)
 
 
-def ids(data: TensorStream, step: int, batch: int, rows: range | None = None, draw: int = 0) -> list:
+def ids(
+    data: TensorStream, step: int, batch: int, rows: range | None = None, draw: int = 0
+) -> list:
     return data.batch(step, draw, rows or range(batch), batch).cond["id"].tolist()
 
 
@@ -49,7 +52,7 @@ def test_a_step_is_found_by_its_index():
 def test_ranks_and_micro_batches_are_disjoint_slices_of_the_global_batch():
     whole = ids(stream(), 3, 8)
     parts = [ids(stream(), 3, 8, rows=range(s, s + 2)) for s in (0, 2, 4, 6)]
-    assert sum(parts, []) == whole and len(set(whole)) == 8
+    assert [i for part in parts for i in part] == whole and len(set(whole)) == 8
 
 
 def test_further_draws_are_fresh_and_repeatable():
@@ -62,7 +65,11 @@ def test_further_draws_are_fresh_and_repeatable():
 def test_images_conditions_and_pairs_stay_together():
     x = torch.arange(20).view(20, 1).double() * 10
     table = torch.arange(6) * 7
-    pairs = (torch.arange(6).view(6, 1) + 0.5, torch.arange(6).view(6, 1) - 0.5, {"p": lambda i: table[i]})
+    pairs = (
+        torch.arange(6).view(6, 1) + 0.5,
+        torch.arange(6).view(6, 1) - 0.5,
+        {"p": lambda i: table[i]},
+    )
     batch = stream(20, x=x, pairs=pairs).batch(2, 0, range(4), 4)
     assert batch.x.dtype == torch.float32
     assert batch.x.flatten().tolist() == [10.0 * i for i in batch.cond["id"].tolist()]
@@ -124,7 +131,7 @@ def test_captions_say_what_the_record_says():
                 subject, target = clause["class"], record["include"][other]["class"]
                 said = f"{subject} {relation} {shapes.article(target)}"
                 assert said in scene.caption
-        for a, b in zip(words, words[1:], strict=False):
+        for a, b in pairwise(words):
             assert a not in ("a", "an") or a == shapes.article(b).split()[0]
     assert tags[:6] == list(shapes.TASKS) and tags == list(shapes.TASKS) * 100
 
@@ -141,7 +148,9 @@ def test_scenes_show_exactly_what_the_record_says():
                 assert thing.colour == clause["color"]
                 assert np.allclose(thing.rgb, shapes.COLOURS[thing.colour], atol=0.031)
             if "position" in clause:
-                a, b = (next(t for t in things if t.shape == c["class"]) for c in (clause, include[0]))
+                a, b = (
+                    next(t for t in things if t.shape == c["class"]) for c in (clause, include[0])
+                )
                 (dx, dy), relation = (a.cx - b.cx, a.cy - b.cy), clause["position"][0]
                 along, across = (dx, dy) if relation in ("left of", "right of") else (dy, dx)
                 assert (along < 0) == (relation in ("left of", "above"))
@@ -179,8 +188,10 @@ def test_altered_captions_are_wrong_captions_of_the_same_grammar():
         record = shapes.scene(i).record
         other = shapes.altered_caption(record, rng)
         assert other != record["prompt"] and set(other.split()) <= set(shapes.vocabulary())
-        old, words = (re.sub("(left|right) of", r"\1_of", s).split() for s in (record["prompt"], other))
-        for a, b in zip(words, words[1:], strict=False):
+        old, words = (
+            re.sub("(left|right) of", r"\1_of", s).split() for s in (record["prompt"], other)
+        )
+        for a, b in pairwise(words):
             assert a not in ("a", "an") or a == shapes.article(b).split()[0]
         changed = [
             (a, b) for a, b in zip(old, words, strict=True) if a != b and {a, b} != {"a", "an"}

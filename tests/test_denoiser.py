@@ -64,14 +64,21 @@ def test_conversion_is_float32_under_bf16():
     z, t = torch.randn(4, 2), torch.full((4,), 999.0, dtype=torch.float64)
     x0 = denoiser(z, t)
     assert seen == [(torch.bfloat16, torch.float64)] and x0.dtype == torch.float32
-    alpha, sigma = (f(t)[:, None].float() for f in (denoiser.schedule.alpha, denoiser.schedule.sigma))
+    alpha, sigma = (
+        f(t)[:, None].float() for f in (denoiser.schedule.alpha, denoiser.schedule.sigma)
+    )
     torch.testing.assert_close(x0, (z - sigma * z.bfloat16().float()) / alpha)
+    denoiser.prediction = "x0"
+    assert denoiser(z, t).dtype == torch.float32
 
 
 @pytest.mark.parametrize("own", SCHEDULES)
 @pytest.mark.parametrize("other", SCHEDULES)
 def test_change_of_schedule(own, other):
-    teacher, schedule = gaussian((1.0, -0.5, 2.0), (0.4, 1.0, 2.0), SCHEDULES[own]), SCHEDULES[other]
+    teacher, schedule = (
+        gaussian((1.0, -0.5, 2.0), (0.4, 1.0, 2.0), SCHEDULES[own]),
+        SCHEDULES[other],
+    )
     ratio = torch.logspace(-1, 0.7, 32, dtype=torch.float64)  # inside every schedule's range
     t = schedule.t_of_ratio(ratio)
     z = add_noise(schedule, MEAN + STD * torch.randn(32, 3), torch.randn(32, 3), t)

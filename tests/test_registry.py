@@ -117,7 +117,9 @@ def test_a_name_is_taken_once(known):
 
     first = registry.get_method("dmd")
     assert registry.register_method("dmd")(first) is first  # the same class again is no conflict
-    with pytest.raises(ValueError, match=r"'dmd' is registered twice: diffdistill.methods.dmd and "):
+    with pytest.raises(
+        ValueError, match=r"'dmd' is registered twice: diffdistill.methods.dmd and "
+    ):
         registry.register_method("dmd")(Other)
     assert registry.get_method("dmd") is first
 

@@ -7,7 +7,14 @@ import torch
 from diffusers import DDPMScheduler
 
 from diffdistill.schedules import (
-    DDPM, EDM, RectifiedFlow, TrigFlow, add_noise, karras, shifted, student_times,
+    DDPM,
+    EDM,
+    RectifiedFlow,
+    TrigFlow,
+    add_noise,
+    karras,
+    shifted,
+    student_times,
 )  # fmt: skip
 
 BAR = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)

@@ -14,6 +14,7 @@ from diffdistill.method import Batch, Method, MethodConfig, Update
 @dataclass
 class Config(MethodConfig):
     kl_weight: float = 1e-4  # on the KL per latent element
+    detail: float = 0.0  # extra weight of pixels that differ from the image's median colour
 
 
 class Codec(nn.Module):
@@ -51,9 +52,12 @@ class Autoencoder(Method):
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         error = out - batch.x
+        median = batch.x.flatten(2).median(-1).values[:, :, None, None]
+        away = (batch.x - median).abs().amax(1, keepdim=True) > 0.2
+        weight = 1 + self.cfg.detail * away
         return {
-            "l1": error.abs().mean(),
-            "l2": error.square().mean(),
+            "l1": (weight * error.abs()).mean(),
+            "l2": (weight * error.square()).mean(),
             "kl": self.cfg.kl_weight * kl,
         }
 

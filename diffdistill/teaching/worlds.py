@@ -119,6 +119,7 @@ def _autoencoder(
     train("autoencoder", method, codec, stream, settings["autoencoder"], folder, accelerator, check)
     if "decoder" in settings:  # the latents stay as they are, the decoder gets sharper
         codec.freeze_encoder()
+        method = autoencoder.Autoencoder(autoencoder.Config(detail=settings["vae"]["detail"]))
         train("decoder", method, codec, stream, settings["decoder"], folder, accelerator, check)
     raw = autoencoder.encode(vae, images[:3000]) / vae.config.scaling_factor
     vae.register_to_config(scaling_factor=float(1 / raw.std()))

@@ -1,0 +1,40 @@
+"""One number, and everything that must be known to compare it with another one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+KEY = ("metric", "protocol", "feature_net", "resize", "n", "m", "reference")  # of comparability
+
+
+@dataclass(frozen=True)
+class Record:
+    """A result. Two records are comparable only if the fields of `KEY` agree."""
+
+    metric: str
+    value: float
+    protocol: str
+    feature_net: str  # name:hash of the weights
+    n: int  # generated images
+    m: int  # reference images; 0 for metrics without a reference
+    reference: str  # hash of the reference statistics; "" without
+    resize: str = "none"
+    seeds: str = "i"  # sample i is drawn from a generator seeded with i
+    labels: str = ""  # distribution of prompts or labels
+    device: str = "cpu"
+    dtype: str = "float32"
+    steps: int = 0
+    nfe: int = 0  # network passes per image
+    guidance: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def key(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What must agree for two numbers to share a column."""
+    return tuple(record.get(name) for name in KEY)
+
+
+def comparable(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    return key(a) == key(b)
