@@ -314,9 +314,9 @@ class Engine:
         if role.skipped_in_row >= self.cfg.max_skipped:
             losses = {k: float(v) for k, v in logs.items()}
             raise NonFinite(
-                f"{role.skipped_in_row} updates in a row of role {name!r} had non-finite gradients, "
-                f"the last at step {self.step}. Losses: {losses}. To reproduce: train.seed="
-                f"{self.cfg.seed}, resume from the last checkpoint, look at step {self.step}. "
+                f"{role.skipped_in_row} updates in a row of role {name!r} had non-finite "
+                f"gradients, the last at step {self.step}. Losses: {losses}. To reproduce: "
+                f"train.seed={self.cfg.seed}, resume from the last checkpoint, look at step {self.step}. "
                 f"Try a lower optim.{name}.lr or precision.dtype=fp32."
             )
 

@@ -59,7 +59,8 @@ def execute(
         earlier, _ = compose([f"recipe={folder / 'config.yaml'}"])
         if fingerprint(earlier) != fingerprint(cfg):
             raise ValueError(
-                f"{folder} holds a finished run with other settings. Set another run.name, or remove it."
+                f"{folder} holds a finished run with other settings. Set another run.name, or "
+                "remove it."
             )
         print(f"{folder} is finished; remove it or set run.name to train again")
         return Result(folder, folder / "student", True, _last_evaluation(folder))
@@ -79,9 +80,8 @@ def execute(
         engine = build(cfg, cls, needs, loaded, folder, accelerator, tracker)
         if main:
             print(f"{cfg.method_name} on {loaded.name}: {folder}")
-            print(
-                f"execution: {runtime.describe(loaded.denoiser.runtime)}, {torch.get_num_threads()} threads"
-            )
+            how = runtime.describe(loaded.denoiser.runtime)
+            print(f"execution: {how}, {torch.get_num_threads()} threads")
         started = time.perf_counter()
         engine.fit(callbacks(cfg, engine, loaded, tracker))
         if engine.preempted and engine.step < cfg.train.steps:
@@ -266,7 +266,7 @@ def student_denoiser(engine: Engine) -> Denoiser:
 
 
 class averaged:
-    """Inside, the students hold their EMA weights (the first named average, if any) in eval mode."""
+    """Inside, the students hold their EMA weights (the first average, if any), in eval mode."""
 
     def __init__(self, engine: Engine):
         self.roles = [engine.roles[n] for n in engine.method.students]
@@ -333,10 +333,8 @@ def judge(student: Path, out: Path, n: int | None) -> dict[str, Any]:
     info["metrics"] = result["records"]
     (student / "diffdistill.json").write_text(json.dumps(info, indent=1))
     write_card(student, info)
-    for record in result["records"]:
-        print(
-            f"  {record['metric']:<12} {record['value']:.4f}   (n={record['n']}, {record['protocol']})"
-        )
+    for r in result["records"]:
+        print(f"  {r['metric']:<12} {r['value']:.4f}   (n={r['n']}, {r['protocol']})")
     return result
 
 

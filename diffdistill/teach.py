@@ -1,7 +1,7 @@
 """`diffdistill teach recipe=NAME`: train an embedded teacher (or judge) from scratch.
 
 A teach recipe is a list of stages; each is one engine run with its own checkpoints, so teaching
-resumes like everything else. This is how the folders in assets/teachers and assets/judges were made.
+resumes like everything else. The folders in assets/teachers and assets/judges were made so.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""For tests, ours and third parties': teachers with a closed form, tiny networks, a quick engine."""
+"""For tests, ours and third parties': closed-form teachers, tiny networks, a quick engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CLIP score: mean cosine of an image and its prompt (Hessel et al., arXiv 2104.08718), unscaled."""
+"""CLIP score: mean cosine of image and prompt (Hessel et al., arXiv 2104.08718), unscaled."""
 
 from __future__ import annotations
 

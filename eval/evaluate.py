@@ -1,4 +1,4 @@
-"""Judge one pipeline under a protocol: sample once, extract features once, all metrics from those."""
+"""Judge one pipeline under a protocol: sample once, extract features once, measure everything."""
 
 from __future__ import annotations
 
@@ -81,14 +81,11 @@ def evaluate(
     for metric in wanted:
         against = metric in ("fd", "kd", *GROUPS["prdc"])
         m = {"fd": reference.m}.get(metric, min(len(reference.features), n)) if against else 0
-        records.append(
-            asdict(
-                Record(
-                    metric, values[metric], feature_net=nets[metric], m=m,
-                    reference=reference.digest if against else "", **shared,
-                )  # fmt: skip
-            )
+        digest = reference.digest if against else ""
+        record = Record(
+            metric, values[metric], feature_net=nets[metric], m=m, reference=digest, **shared
         )
+        records.append(asdict(record))
     result = {
         "pipeline": info.get("name", ""),
         "protocol": shared["protocol"],
@@ -119,15 +116,12 @@ def _wanted(rules: protocols.Protocol, metrics: list[str] | None) -> list[str]:
 
 def _sample(generator: Any, conditions: list, steps: int | None, guidance: float | None) -> Tensor:
     starts = tqdm(range(0, len(conditions), _CHUNK), desc="sample", disable=None)
-    return torch.cat(
-        [
-            generator.sample(
-                part := conditions[i : i + _CHUNK], list(range(i, i + len(part))),
-                steps=steps, guidance=guidance,
-            )  # fmt: skip
-            for i in starts
-        ]
-    )
+    parts = []
+    for i in starts:
+        part = conditions[i : i + _CHUNK]
+        seeds = list(range(i, i + len(part)))
+        parts.append(generator.sample(part, seeds, steps=steps, guidance=guidance))
+    return torch.cat(parts)
 
 
 def _measure(

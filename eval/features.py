@@ -23,8 +23,8 @@ def _weights(folder: Path, file: str) -> tuple[dict[str, Tensor], str]:
     path = folder / file
     if not path.is_file():
         raise ValueError(
-            f"{path} is missing: the judge of this protocol. It ships in assets/judges; restore it, or "
-            f"make it with diffdistill teach (recipe shapes-sd or fashion-edm)."
+            f"{path} is missing: the judge of this protocol. It ships in assets/judges; restore "
+            "it, or make it with diffdistill teach (recipe shapes-sd or fashion-edm)."
         )
     return load_file(path), hashlib.sha256(path.read_bytes()).hexdigest()[:8]
 
@@ -47,10 +47,8 @@ class ShapesClip:
     @torch.no_grad()
     def features(self, images: Tensor, batch: int = 256) -> np.ndarray:
         """Image embeddings, not normalised: float64 [N, d]."""
-        parts = [
-            self.model.encode_image(part.float() / 127.5 - 1).double() for part in images.split(batch)
-        ]
-        return torch.cat(parts).numpy()
+        parts = [self.model.encode_image(p.float() / 127.5 - 1) for p in images.split(batch)]
+        return torch.cat(parts).double().numpy()
 
     @torch.no_grad()
     def text(self, prompts: list[str], batch: int = 512) -> np.ndarray:

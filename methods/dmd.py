@@ -1,10 +1,10 @@
 """Distribution matching distillation: DMD and DMD2, one or few steps.
 
 Yin et al., "One-step Diffusion with Distribution Matching Distillation", arXiv 2311.18828.
-Yin et al., "Improved Distribution Matching Distillation for Fast Image Synthesis", arXiv 2405.14867.
+Yin et al., "Improved Distribution Matching Distillation for Fast Image Synthesis", 2405.14867.
 
     x           = G(eps, T), or G of the student's own few-step input (backward simulation)
-    student:      grad_x = (D_fake(z_t) - D_teacher(z_t)) / mean |x - D_teacher(z_t)|, teacher guided
+    student:      grad_x = (D_fake(z_t) - D_teacher(z_t)) / mean |x - D_teacher(z_t)|
                   [+ w_gan softplus(-T(z_s))]  [+ lambda |G(eps_ref) - x_ref|^2 on teacher pairs]
     fake score:   w(t) |D_fake(z_t) - sg[x]|^2, the weight that trained the teacher
                   [+ w_cls (softplus(T(fake_s)) + softplus(-T(real_s)))], T reads D_fake's mid block

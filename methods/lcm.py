@@ -9,8 +9,8 @@ Luo et al., "Latent Consistency Models", arXiv 2310.04378, after Song et al., ar
 
 Deviations: the target network is the student itself without gradient (EMA rate 0, as shown to be
 at least as good by Song and Dhariwal, arXiv 2310.14189), and the guidance scale is fixed and not
-embedded (as in LCM-LoRA, arXiv 2311.05556). The factor 10 (the paper's timestep scaling) makes c_skip
-vanish at every time at which a student is called, so D itself is what samples; the paper's c_out,
+embedded (as in LCM-LoRA, arXiv 2311.05556). The factor 10 (the paper's timestep scaling) makes
+c_skip vanish at every time at which a student is called, so D itself samples; the paper's c_out,
 r / sqrt(r^2 + sd^2), is the same there to 4e-6 but does not sum to one with c_skip elsewhere.
 """
 

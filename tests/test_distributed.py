@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 SCRIPT = '''
 """python -m torch.distributed.run --nproc_per_node N FILE OUT; without launcher: one process."""
-import json, os, signal, sys
+import faulthandler, json, os, signal, sys
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from diffdistill.engine import Engine, Every, OptimConfig, TrainConfig
 from diffdistill.method import Method, MethodConfig, Update
 from diffdistill.testing import gaussian, run_method, tiny_denoiser
 
+faulthandler.dump_traceback_later(100, exit=True)  # a hang says where, and leaves no process
 torch.set_num_threads(1)
 acc = Accelerator(cpu=True)
 RANK, WORLD = acc.process_index, acc.num_processes
@@ -195,7 +196,7 @@ def ran(tmp_path_factory):
         folder = out / names[0]
         folder.mkdir()
         argv = [sys.executable, *prefix, str(script), str(folder)]
-        done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=150)
         assert done.returncode == 0, done.stderr[-4000:]
         for name in names:
             facts = json.loads((folder / f"{name}.json").read_text())

@@ -26,14 +26,14 @@ def folder() -> Path:
             return path.expanduser()
     raise ValueError(
         "Fashion-MNIST is not on this machine (looked in "
-        f"{own or ', '.join(map(str, FOLDERS))}). Install Debian's package dataset-fashion-mnist, or "
-        "run torchvision.datasets.FashionMNIST(root, download=True) and set DIFFDISTILL_FASHION to "
-        "the folder of its four .gz files (30 MB)."
+        f"{own or ', '.join(map(str, FOLDERS))}). Install Debian's package dataset-fashion-mnist, "
+        "or run torchvision.datasets.FashionMNIST(root, download=True) and set "
+        "DIFFDISTILL_FASHION to the folder of its four .gz files (30 MB)."
     )
 
 
 def load(split: str) -> tuple[Tensor, Tensor]:
-    """Images uint8 [N, 1, 28, 28] and labels int64 [N]; split is train (60,000) or test (10,000)."""
+    """Images uint8 [N, 1, 28, 28], labels int64 [N]; split is train (60,000) or test (10,000)."""
     stem = folder() / _FILES[split]
     images = _read(Path(f"{stem}-images-idx3-ubyte.gz"), 16).reshape(-1, 1, 28, 28)
     labels = _read(Path(f"{stem}-labels-idx1-ubyte.gz"), 8)

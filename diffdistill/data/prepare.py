@@ -71,8 +71,8 @@ def source(cfg: DataConfig, teacher: Teacher) -> Source:
     wanted = {"shapes": "prompts", "fashion": "class labels", "prompts": "prompts"}.get(name)
     if wanted is not None and teacher.conditions != wanted:
         raise ValueError(
-            f"data {name!r} gives {wanted}, but teacher {teacher.name!r} takes {teacher.conditions}. "
-            "Choose data that fits the teacher."
+            f"data {name!r} gives {wanted}, but teacher {teacher.name!r} takes "
+            f"{teacher.conditions}. Choose data that fits the teacher."
         )
     if name == "shapes":
         scenes = shapes.Shapes("train", cfg.size)
@@ -135,7 +135,7 @@ def teacher_pairs(
     folder: Path,
     device: torch.device | str,
 ) -> tuple[Tensor, Tensor, dict[str, Lookup]]:
-    """Stored trajectories (eps, x) of the teacher's ODE at its default steps; resumable by shard."""
+    """Stored trajectories (eps, x) of the teacher's ODE at its default steps, shard by shard."""
     steps = int(teacher.info.get("steps", 50))
     solve = ode.heun if teacher.family == "edm" else ode.ddim
     where = folder / f"pairs-{solve.__name__}{steps}-g{guidance:g}"

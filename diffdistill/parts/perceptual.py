@@ -1,4 +1,4 @@
-"""Distances between images: plain L2, or LPIPS (Zhang et al., arXiv 1801.03924) on decoded images."""
+"""Distances of images: plain L2, or LPIPS (Zhang et al., arXiv 1801.03924) on decoded images."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def _lpips(device: str) -> nn.Module:
     file = Path(torch.hub.get_dir()) / "checkpoints" / VGG
     if not file.is_file():
         raise ValueError(
-            f"LPIPS needs the weights {VGG} (torchvision VGG16, 528 MB) at {file}. Fetch them with "
-            "python -c 'import torchvision; torchvision.models.vgg16(weights=\"IMAGENET1K_V1\")', or "
+            f"LPIPS needs the weights {VGG} (torchvision VGG16, 528 MB) at {file}. Fetch them: "
+            "python -c 'import torchvision as t; t.models.vgg16(weights=\"IMAGENET1K_V1\")', or "
             "choose the distance l2."
         )
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity

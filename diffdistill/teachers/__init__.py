@@ -21,8 +21,8 @@ SUPPORTED = ("StableDiffusionPipeline", "EDMPipeline")
 
 def no_adapter(kind: str) -> str:
     return (
-        f"no adapter for pipelines of class {kind}. Supported: {', '.join(SUPPORTED)}. Wrap another "
-        "network as diffdistill.Denoiser(net, schedule=..., prediction=...)."
+        f"no adapter for pipelines of class {kind}. Supported: {', '.join(SUPPORTED)}. Wrap "
+        "another network as diffdistill.Denoiser(net, schedule=..., prediction=...)."
     )
 
 

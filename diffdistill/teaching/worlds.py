@@ -76,8 +76,8 @@ def shapes_sd(settings: Settings, folder: Path, accelerator: Accelerator, train:
             "family": "sd", "steps": 25, "guidance": settings["guidance"], "licence": "Apache-2.0",
         },
         settings,
-        "A Stable Diffusion pipeline in miniature, for the procedural world `shapes`: text tower of "
-        "the small CLIP, AutoencoderKL with 4x downsampling, UNet2DConditionModel, eps-prediction.",
+        "A Stable Diffusion pipeline in miniature, for the procedural world `shapes`: text tower "
+        "of the small CLIP, AutoencoderKL with 4x downsampling, UNet2DConditionModel, eps.",
     )  # fmt: skip
     return out
 

@@ -1,0 +1,109 @@
+"""What a user does with the embedded teacher: train, continue, sample, evaluate, load."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import diffdistill as dd
+from diffdistill.eval.evaluate import evaluate
+from diffdistill.pipelines.loading import load_pipeline, load_student
+from diffdistill.schedules import EDM
+from diffdistill.testing import gaussian
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = [
+    "recipe=quickstart", "train.steps=3", "train.batch_size=8", "data.size=60", "evaluate.n=30",
+    "run.name=q", "precision.dtype=fp32", "precision.attention=default", "threads=1",
+]  # fmt: skip
+
+
+def run(*words, cwd):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "DIFFDISTILL_CACHE": str(cwd / "cache")}
+    return subprocess.run(
+        [sys.executable, *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("user")
+    out = run("-m", "diffdistill.train", *SETTINGS, cwd=folder)
+    assert out.returncode == 0, out.stderr[-2000:]
+    return folder, out.stdout
+
+
+def test_the_run_folder_holds_what_is_promised(trained):
+    folder, _ = trained
+    made = folder / "runs" / "q"
+    for name in (
+        "config.yaml", "config.lock.json", "metrics.jsonl", "tensorboard", "runtime.json", "DONE",
+        "checkpoints/step_000003/state.json", "eval/step_000003.json", "eval/step_000003.png",
+        "samples/teacher_000000.png", "samples/student_000000.png", "samples/student_000003.png",
+        "student/model_index.json", "student/README.md", "report/index.html",
+    ):  # fmt: skip
+        assert (made / name).exists(), name
+    state = json.loads((made / "checkpoints/step_000003/state.json").read_text())
+    assert state["roles"]["fake_score"]["updates"] == 3
+    assert state["passes"] > 0
+
+
+def test_the_same_command_again_is_done_and_other_settings_are_refused(trained):
+    folder, _ = trained
+    again = run("-m", "diffdistill.train", *SETTINGS, cwd=folder)
+    assert again.returncode == 0 and "is finished" in again.stdout
+    other = run("-m", "diffdistill.train", *SETTINGS, "method.ttur=2", cwd=folder)
+    assert other.returncode == 2 and "run.name" in other.stderr
+
+
+def test_numbers_on_screen_carry_n_and_protocol(trained):
+    _, screen = trained
+    assert "geneval" in screen and "(n=30, shapes-v1/n=30)" in screen
+
+
+def test_student_loads_and_samples_in_every_way(trained):
+    folder, _ = trained
+    student = folder / "runs/q/student"
+    prompt = "a photo of a red circle"
+    ours = load_pipeline(student).sample([prompt], [5])
+    pipe = load_student(student)
+    image = pipe(prompt, generator=torch.Generator().manual_seed(5), output_type="pt").images
+    assert torch.equal((255 * image + 0.5).to(torch.uint8), ours)
+    with pytest.raises(ValueError, match="1"):
+        load_pipeline(student).sample([prompt], [5], steps=7)
+    grid = run(
+        "-m", "diffdistill", "sample", str(student), "--prompt", prompt, "--num", "2", "--teacher",
+        "--out", "grid.png", cwd=folder,
+    )  # fmt: skip
+    assert grid.returncode == 0 and (folder / "grid.png").is_file(), grid.stderr
+
+
+def test_evaluation_does_not_depend_on_the_batch_size(trained):
+    folder, _ = trained
+    generator = load_pipeline(folder / "runs/q/student")
+    prompts = ["a photo of a star", "a photo of two rings", "a photo of a blue cross"]
+    whole = generator.sample(prompts, [0, 1, 2], batch=3).int()
+    single = generator.sample(prompts, [0, 1, 2], batch=1).int()
+    assert (whole - single).abs().max() <= 1
+    result = evaluate(generator, n=12, metrics=["fid", "geneval"])
+    assert [r["metric"] for r in result["records"]] == ["fd", "geneval"]
+    assert {r["n"] for r in result["records"]} == {12}
+    with pytest.raises(ValueError, match="no metric 'accuracy'"):
+        evaluate(generator, n=12, metrics=["accuracy"])
+
+
+def test_any_module_can_be_a_teacher(tmp_path):
+    teacher = gaussian((1.0, -0.5), 0.4, EDM(t_max=5.0))
+    result = dd.distill(
+        teacher, method="dmd", steps=150, out=tmp_path / "g", train__batch_size=128,
+        method__ttur=2, optim__default__lr=0.01, precision__dtype="fp32", threads=1,
+    )  # fmt: skip
+    assert result.done and (result.student / "student.safetensors").is_file()
+    from safetensors.torch import load_file
+
+    weights = load_file(result.student / "student.safetensors")
+    assert (weights["mean"] - torch.tensor([1.0, -0.5])).abs().max() < 0.5
