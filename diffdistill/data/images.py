@@ -51,3 +51,8 @@ def labels(files: list[Path]) -> list[int]:
     """Class index of each image: its sub-folder, in alphabetical order."""
     names = sorted({f.parent.name for f in files})
     return [names.index(f.parent.name) for f in files]
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """[-1, 1] -> 0..255: truncation of 127.5 x + 128, which rounds 127.5 (x + 1)."""
+    return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8).cpu()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffdistill.data.images import to_uint8
 from diffdistill.denoiser import Cond, Denoiser
 
 INFO = "diffdistill.json"
@@ -132,7 +133,7 @@ def _adapt(pipe: Any, info: dict[str, Any]) -> Teacher:
             pipe=pipe, info=info,
         )  # fmt: skip
     elif kind == "EDMPipeline":
-        from diffdistill.teachers import sd, unet
+        from diffdistill.teachers import unet
 
         config = pipe.config
         denoiser = unet.edm_denoiser(
@@ -142,7 +143,7 @@ def _adapt(pipe: Any, info: dict[str, Any]) -> Teacher:
             info["name"], "edm", denoiser,
             encode=lambda labels: {"label": torch.as_tensor(labels).long()},
             to_x=lambda images: images.float() / 127.5 - 1,
-            to_images=sd.to_uint8, pipe=pipe, info=info,
+            to_images=to_uint8, pipe=pipe, info=info,
         )  # fmt: skip
     else:
         raise ValueError(no_adapter(kind))
@@ -160,5 +161,5 @@ def _module(denoiser: Denoiser) -> Teacher:
     denoiser.eval().requires_grad_(False)
     return Teacher(
         "module", "module", denoiser, encode=lambda _: {}, to_x=lambda x: x.float(),
-        to_images=lambda x: x, info={"name": "module"},
+        to_images=to_uint8, info={"name": "module"},
     )  # fmt: skip

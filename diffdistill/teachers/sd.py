@@ -6,6 +6,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
+from diffdistill.data.images import to_uint8
 from diffdistill.denoiser import Denoiser
 from diffdistill.schedules import DDPM
 
@@ -71,8 +72,3 @@ def decode_latents(pipe: StableDiffusionPipeline, latents: Tensor, batch: int = 
         for part in latents.split(batch)
     ]
     return to_uint8(torch.cat(parts))
-
-
-def to_uint8(x: Tensor) -> Tensor:
-    """[-1, 1] -> 0..255: truncation of 127.5 x + 128, which rounds 127.5 (x + 1)."""
-    return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8).cpu()
