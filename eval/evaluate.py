@@ -59,13 +59,20 @@ def evaluate(
     rules = protocols.get(name)
     wanted = _wanted(rules, metrics)
     n = rules.n if n is None else n
+    if n < 2:
+        raise ValueError(f"evaluation of {n} samples. Give 2 or more; {name} has {rules.n}")
+    net, reference = rules.net(), protocols.reference(name)
+    if reference.feature_net != net.name:
+        raise ValueError(
+            f"the reference of {name} was made with {reference.feature_net}, not {net.name}. "
+            "Remake it: python -m diffdistill.eval.protocols"
+        )
     conditions = rules.conditions(n)
     started = time.perf_counter()
     images = _sample(generator, conditions, steps, guidance)
     seconds = time.perf_counter() - started
-    values, nets, extra = _measure(rules, wanted, conditions, images)
+    values, nets, extra = _measure(net, reference, wanted, conditions, images)
 
-    reference = protocols.reference(name)
     info = generator.info
     k = steps or info["steps"]
     shared = {
@@ -75,13 +82,16 @@ def evaluate(
         "steps": k,
         "nfe": generator.nfe(steps, guidance),
         "guidance": float(info.get("guidance") or 0 if guidance is None else guidance),
+        "device": generator.pipe.device.type,
+        "dtype": str(generator.pipe.dtype).removeprefix("torch."),
         "versions": {p: version(p) for p in ("torch", "diffusers", "transformers")},
     }
+    stored = len(reference.features)
+    counts = {"fd": reference.m, "kd": stored} | dict.fromkeys(GROUPS["prdc"], min(stored, n))
     records = []
     for metric in wanted:
-        against = metric in ("fd", "kd", *GROUPS["prdc"])
-        m = {"fd": reference.m}.get(metric, min(len(reference.features), n)) if against else 0
-        digest = reference.digest if against else ""
+        m = counts.get(metric, 0)
+        digest = reference.digest if m else ""
         record = Record(
             metric, values[metric], feature_net=nets[metric], m=m, reference=digest, **shared
         )
@@ -125,16 +135,9 @@ def _sample(generator: Any, conditions: list, steps: int | None, guidance: float
 
 
 def _measure(
-    rules: protocols.Protocol, wanted: list[str], conditions: list, images: Tensor
+    net: Any, reference: protocols.Reference, wanted: list[str], conditions: list, images: Tensor
 ) -> tuple[dict[str, float], dict[str, str], dict[str, Any]]:
     """metric -> value, metric -> network that it rests on, and what else goes into the file."""
-    net = rules.net()
-    reference = protocols.reference(rules.id)
-    if reference.feature_net != net.name:
-        raise ValueError(
-            f"the reference of {rules.id} was made with {reference.feature_net}, not {net.name}. "
-            "Remake it: python -m diffdistill.eval.protocols"
-        )
     features = net.features(images)
     real = reference.features[: len(features)]
     values: dict[str, float] = {}

@@ -104,7 +104,7 @@ def opacity(x: Tensor, ground: Tensor) -> tuple[Tensor, Tensor]:
 
 def components(kind: Tensor) -> tuple[Tensor, Tensor]:
     """Image index [K] and mask [K, H, W] of every 4-connected region of equal `kind` > 0."""
-    n, h, w = kind.shape
+    _, h, w = kind.shape
     label = torch.arange(1, kind.numel() + 1).view_as(kind) * (kind > 0)
     joined = [(kind[:, 1:] == kind[:, :-1]), (kind[:, :, 1:] == kind[:, :, :-1])]
     while True:
@@ -152,7 +152,9 @@ def _fit(soft: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     for shape in SHAPES:
         area, fold, phase = _FORMS[shape]
         r = (mass / area).sqrt()
-        turn = ((soft * z**fold).sum((1, 2)).angle() - phase) / fold if fold else torch.zeros_like(r)
+        turn = torch.zeros_like(r)
+        if fold:
+            turn = ((soft * z**fold).sum((1, 2)).angle() - phase) / fold
         cos, sin = (v[:, None, None] for v in (turn.cos(), turn.sin()))
         depth = inside(shape, cos * dx + sin * dy, cos * dy - sin * dx, r[:, None, None])
         agreement = []

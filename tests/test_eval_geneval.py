@@ -54,9 +54,7 @@ def test_14_overall_is_the_mean_of_task_means():
 
 def test_only_the_most_confident_objects_are_asked_for_their_colour():
     record = {"tag": "colors", "include": [{"class": "cup", "count": 1, "color": "red"}]}
-    green, red = (
-        Detection("cup", s, (0, 0, 1, 1), c) for s, c in ((0.9, "green"), (0.8, "red"))
-    )
+    green, red = (Detection("cup", s, (0, 0, 1, 1), c) for s, c in ((0.9, "green"), (0.8, "red")))
     assert not geneval.verdict(record, [green, red]).correct
     assert geneval.verdict(record, [red]).correct
 
@@ -94,7 +92,8 @@ def other(record):
             "exclude": [clause | {"count": n + 1}],
         }
     if record["tag"] == "position":
-        opposite = dict(zip(shapes.RELATIONS, ("right of", "left of", "below", "above"), strict=True))
+        reverse = ("right of", "left of", "below", "above")
+        opposite = dict(zip(shapes.RELATIONS, reverse, strict=True))
         last["position"] = [opposite[last["position"][0]], 0]
         return record | {"include": [first, last]}
     if "color" in last:
@@ -128,3 +127,12 @@ def test_wrong_pictures_are_judged_wrong(scenes, kind):
 def test_the_wrong_size_is_refused():
     with pytest.raises(ValueError, match="uint8"):
         shapes_detector.detect(torch.zeros(1, 3, 64, 64))
+
+
+def test_suppression_is_off_by_default_and_drops_doubles_on_request():
+    found = [Detection("cup", s, (0, 0, 9, 9 + i)) for i, s in enumerate((0.9, 0.8, 0.3))]
+    assert geneval.overlap(found[0].box, found[1].box) == pytest.approx(100 / 110)
+    assert [d.score for d in geneval.select(found, threshold=0.3)["cup"]] == [0.9, 0.8]
+    kept = geneval.select(found, threshold=0.3, max_overlap=0.9)
+    assert [d.score for d in kept["cup"]] == [0.9]
+    assert len(geneval.select(found * 9, threshold=0.1)["cup"]) == 16

@@ -1,0 +1,160 @@
+"""`evaluate` end to end, with pictures of the world itself in place of a pipeline's samples."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from diffdistill.data import shapes
+from diffdistill.eval import fid, protocols
+from diffdistill.eval.evaluate import evaluate
+from diffdistill.eval.features import FashionClassifier, ShapesClip
+
+
+class Fake:
+    """Returns draw(seeds) for any conditions, and remembers these."""
+
+    pipe = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+
+    def __init__(self, draw, protocol="shapes-v1"):
+        self.draw, self.asked = draw, []
+        self.info = {"name": "fake", "protocol": protocol, "steps": 1, "guidance": 0.0}
+
+    def nfe(self, steps=None, guidance=None):
+        return steps or 1
+
+    def sample(self, conditions, seeds, *, steps=None, guidance=None, batch=128):
+        self.asked += list(zip(conditions, seeds, strict=True))
+        return self.draw(seeds)
+
+
+def real(seeds):
+    return shapes.render([shapes.scene(i, "test") for i in seeds])
+
+
+def values(result):
+    return {r["metric"]: r["value"] for r in result["records"]}
+
+
+def test_real_pictures_get_full_marks_and_swapped_ones_do_not(tmp_path):
+    generator = Fake(real)
+    result = evaluate(generator, n=600, out=tmp_path / "x.json")
+    assert (
+        generator.asked[7] == (shapes.scene(7, "test").caption, 7) and len(generator.asked) == 600
+    )
+    good = values(result)
+    assert list(good) == list(protocols.get("shapes-v1").metrics)
+    assert good["geneval"] == 1 and set(result["tasks"]) == set(shapes.TASKS)
+    assert good["precision"] > 0.9 and good["recall"] > 0.9 and abs(good["kd"]) < 0.1
+    assert (
+        len(result["verdicts"]) == 60 and result["verdicts"][0]["prompt"] == generator.asked[0][0]
+    )
+    assert json.loads((tmp_path / "x.json").read_text())["records"] == result["records"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["x.json", "x.png"]
+
+    swapped = Fake(lambda seeds: real([i + 1 for i in seeds]))
+    bad = values(evaluate(swapped, n=600, metrics=["fid", "clip", "geneval"]))
+    assert bad["geneval"] < 0.3 and bad["clip"] < good["clip"] - 0.2
+    assert bad["fd"] < 1.5 * good["fd"]  # the pictures themselves are as good
+
+
+def test_records_say_what_the_number_rests_on():
+    result = evaluate(Fake(real), n=60, steps=3)
+    by_metric = {r["metric"]: r for r in result["records"]}
+    reference = protocols.reference("shapes-v1")
+    stored = len(reference.features)
+    assert {k: by_metric[k]["m"] for k in ("fd", "kd", "recall", "clip", "geneval")} == {
+        "fd": 10_000, "kd": stored, "recall": 60, "clip": 0, "geneval": 0,
+    }  # fmt: skip
+    assert by_metric["fd"]["reference"] == reference.digest and not by_metric["clip"]["reference"]
+    fd = by_metric["fd"]
+    assert (fd["protocol"], fd["n"], fd["steps"], fd["nfe"]) == ("shapes-v1/n=60", 60, 3, 3)
+    assert fd["feature_net"] == ShapesClip().name and fd["device"] == "cpu"
+
+
+def test_grey_pictures_score_nothing():
+    grey = values(
+        evaluate(Fake(lambda seeds: torch.full((len(seeds), 3, 32, 32), 135).byte()), n=60)
+    )
+    assert grey["geneval"] == grey["recall"] == 0 and grey["fd"] > 20
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"n": 1}, "Give 2 or more"), ({"protocol": "shapes-v2"}, "Did you mean 'shapes-v1'"),
+     ({"metrics": ["accuracy"]}, "no metric 'accuracy'")],
+)  # fmt: skip
+def test_bad_requests_fail_before_sampling(change, message):
+    generator = Fake(real)
+    with pytest.raises(ValueError, match=message):
+        evaluate(generator, **change)
+    assert not generator.asked
+
+
+def test_another_network_than_the_references_is_refused_before_sampling(monkeypatch):
+    other = dataclasses.replace(protocols.reference("shapes-v1"), feature_net="shapes-clip:0")
+    monkeypatch.setattr(protocols, "reference", lambda name: other)
+    generator = Fake(real)
+    with pytest.raises(ValueError, match="made with shapes-clip:0"):
+        evaluate(generator, n=60)
+    assert not generator.asked
+
+
+def test_the_clip_knows_which_caption_is_whose():
+    net = ShapesClip()
+    scenes = [shapes.scene(i, "test") for i in range(300)]
+    image, text = net.features(shapes.render(scenes)), net.text([s.caption for s in scenes])
+    assert image.dtype == text.dtype == np.float64 and image.shape == text.shape == (300, 96)
+    rng = np.random.default_rng(0)
+    wrong = net.text([shapes.altered_caption(s.record, rng) for s in scenes])
+    right, altered = ((image * t).sum(1) / np.linalg.norm(t, axis=1) for t in (text, wrong))
+    assert (right > altered).mean() > 0.8
+
+
+def toy(count, seed):
+    """Ten kinds of 28 x 28 pictures: a bright row per class, noise."""
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 60, (count, 1, 28, 28))
+    for i in range(count):
+        images[i, :, 2 * (i % 10) : 2 * (i % 10) + 4] += 150
+    return torch.from_numpy(images).byte()
+
+
+def test_fashion_protocol_with_its_own_files(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    FashionClassifier().save(tmp_path / "judge")
+    net = FashionClassifier.load(tmp_path / "judge")
+    assert net.name.startswith("fashion-classifier:") and len(net.name) == 27
+    rules = dataclasses.replace(
+        protocols.get("fashion-v1"), n=100, net=lambda: net,
+        real=lambda split: toy(*{"train": (400, 0), "test": (150, 1)}[split]),
+    )  # fmt: skip
+    monkeypatch.setitem(protocols.PROTOCOLS, "fashion-v1", rules)
+    monkeypatch.setattr(protocols.assets, "path", lambda *parts: tmp_path.joinpath(*parts))
+    protocols.reference.cache_clear()
+    protocols.write_reference("fashion-v1")
+    generator = Fake(lambda seeds: toy(150, 1)[list(seeds)], "fashion-v1")
+    result = evaluate(generator)
+    protocols.reference.cache_clear()
+    assert [c for c, _ in generator.asked[:12]] == [*range(10), 0, 1]
+    assert result["protocol"] == "fashion-v1"  # n is the protocol's, so the floor is met exactly
+    got = values(result)
+    assert got["fd"] == pytest.approx(result["floor_fd"], rel=1e-9)
+    images = toy(150, 1)[:100]
+    right = net.predict(images) == torch.arange(100) % 10
+    assert got["accuracy"] == pytest.approx(right.double().mean().item())
+    features = net.features(toy(400, 0)), net.features(images)
+    assert got["fd"] == pytest.approx(fid.frechet_distance_of_features(*features), rel=1e-6)
+
+
+def test_missing_files_are_named(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"open_clip_model.safetensors is missing"):
+        ShapesClip(tmp_path)
+    monkeypatch.setattr(protocols.assets, "path", lambda *parts: tmp_path.joinpath(*parts))
+    protocols.reference.cache_clear()
+    with pytest.raises(ValueError, match=r"shapes-v1.npz is missing"):
+        protocols.reference("shapes-v1")
+    assert protocols.teacher_rows("shapes-v1") == []
