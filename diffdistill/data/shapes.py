@@ -34,6 +34,7 @@ TASKS = ("single_object", "two_object", "counting", "colors", "position", "color
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 SPLITS = {"train": 0, "test": 1}
+_TILT = 0.35  # radians; the largest rotation either way
 _GAP = 1.5  # pixels that stay free between the circumscribed circles of two objects
 
 
@@ -159,7 +160,7 @@ def _place(wanted: list[tuple[str, str]], record: dict, rng: np.random.Generator
         )
         if not apart:
             continue
-        angles = rng.uniform(0, 2 * np.pi, len(wanted))
+        angles = rng.uniform(-_TILT, _TILT, len(wanted)) - np.pi / 2  # points and tips look up
         rgb = [np.clip(np.add(COLOURS[c], rng.uniform(-0.03, 0.03, 3)), 0, 1) for _, c in wanted]
         things = [
             Thing(s, c, float(p[0]), float(p[1]), float(r), float(a), tuple(map(float, v)))

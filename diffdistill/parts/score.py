@@ -13,14 +13,23 @@ from diffdistill.schedules import Schedule, add_noise, bcast
 Denoise = Callable[[Tensor, Tensor, Cond], Tensor]
 
 
-def dsm(denoiser: Denoiser, x: Tensor, eps: Tensor, t: Tensor, cond: Cond) -> Tensor:
+def dsm(
+    denoiser: Denoiser,
+    x: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    cond: Cond,
+    *,
+    max_weight: float | None = None,
+) -> Tensor:
     """Denoising score matching with the weight that trained the network (DMD, Sec. 3.2).
 
-    mean over batch and elements of w(t) |D(alpha x + sigma eps, t) - x|^2; x is detached.
+    mean over batch and elements of w(t) |D(alpha x + sigma eps, t) - x|^2; x is detached. For eps
+    networks w is the SNR, and `max_weight` is the gamma of min-SNR weighting (arXiv 2303.09556).
     """
     x = x.detach()
     z = add_noise(denoiser.schedule, x, eps, t)
-    weight = bcast(denoiser.loss_weight(t), x)
+    weight = bcast(denoiser.loss_weight(t).clamp(max=max_weight), x)
     return (weight * (denoiser(z, t, cond) - x).square()).mean()
 
 

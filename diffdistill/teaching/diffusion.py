@@ -17,6 +17,7 @@ class Config(MethodConfig):
     times: Literal["lognormal", "uniform"] = "uniform"
     p_mean: float = -1.2  # of log sigma; EDM Tab. 1
     p_std: float = 1.2
+    max_weight: float | None = None  # min-SNR gamma, arXiv 2303.09556: 5
 
 
 class Diffusion(Method):
@@ -41,4 +42,5 @@ class Diffusion(Method):
             k: torch.where(drop.view(-1, *[1] * (v.ndim - 1)), null[k].to(v.dtype), v)
             for k, v in batch.cond.items()
         }
-        return {"dsm": dsm(self.student, x, torch.randn_like(x), t, cond)}
+        eps, limit = torch.randn_like(x), self.cfg.max_weight
+        return {"dsm": dsm(self.student, x, eps, t, cond, max_weight=limit)}
