@@ -83,7 +83,10 @@ def execute(
             how = runtime.describe(loaded.denoiser.runtime)
             print(f"execution: {how}, {torch.get_num_threads()} threads")
         started = time.perf_counter()
-        engine.fit(callbacks(cfg, engine, loaded, tracker))
+        calls = callbacks(cfg, engine, loaded, tracker)
+        if main and cfg.evaluate.every and loaded.info.get("protocol"):
+            calls += (judging(cfg, loaded, folder, argv or sys.argv),)
+        engine.fit(calls)
         if engine.preempted and engine.step < cfg.train.steps:
             print(f"stopped at step {engine.step}; the same command continues")
             return Result(folder, folder / "student", False)
@@ -259,6 +262,17 @@ def callbacks(
     )
 
 
+def judging(cfg: RunConfig, teacher: Teacher, folder: Path, argv: list[str]) -> Every:
+    """The metric-vs-images curve: export and judge every so many steps."""
+
+    def judge_now(engine: Engine) -> None:
+        if engine.step < cfg.train.steps:  # the last one is judged by `finish`
+            student = export(cfg, engine, teacher, folder, argv)
+            judge(student, folder / "eval" / f"step_{engine.step:06d}.json", cfg.evaluate.n)
+
+    return Every(cfg.evaluate.every, judge_now, at_start=False)
+
+
 def student_denoiser(engine: Engine) -> Denoiser:
     module = engine.roles[engine.method.students[0]].module
     assert isinstance(module, Denoiser)
@@ -293,33 +307,36 @@ class averaged:
 def finish(
     cfg: RunConfig, engine: Engine, teacher: Teacher, folder: Path, argv: list[str]
 ) -> dict[str, Any] | None:
-    """Export the student, judge it, write card and report. Returns the evaluation."""
+    """Export the student and judge it. Returns the evaluation."""
+    student = export(cfg, engine, teacher, folder, argv)
+    print(f"student: {student}")
+    if cfg.evaluate.at_end and teacher.info.get("protocol"):
+        return judge(student, folder / "eval" / f"step_{engine.step:06d}.json", cfg.evaluate.n)
+    return None
+
+
+def export(
+    cfg: RunConfig, engine: Engine, teacher: Teacher, folder: Path, argv: list[str]
+) -> Path:
+    """Write the student folder with its averaged weights."""
     info = student_info(cfg, engine, teacher, argv)
-    (folder / "cost.json").write_text(json.dumps(info["train"], indent=1))
     student = folder / "student"
     with averaged(engine):
         denoiser = student_denoiser(engine)
         if teacher.family == "module":
             student.mkdir(exist_ok=True)
-            tensors = {
-                k: v.detach().cpu().contiguous() for k, v in denoiser.net.state_dict().items()
-            }
+            state = denoiser.net.state_dict()
+            tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
             save_file(tensors, student / "student.safetensors")
             (student / "diffdistill.json").write_text(json.dumps(info, indent=1))
-            return None
+            return student
         from diffdistill.export import export_student
 
         export_student(
             student, teacher_pipe=teacher.pipe, family=teacher.family, weights=denoiser.net.unet,
             sampler=engine.method.sampler(), info=info,
         )  # fmt: skip
-    print(f"student: {student}")
-    evaluation = None
-    if cfg.evaluate.at_end and teacher.info.get("protocol"):
-        evaluation = judge(
-            student, folder / "eval" / f"step_{engine.step:06d}.json", cfg.evaluate.n
-        )
-    return evaluation
+    return student
 
 
 def judge(student: Path, out: Path, n: int | None) -> dict[str, Any]:
@@ -333,8 +350,9 @@ def judge(student: Path, out: Path, n: int | None) -> dict[str, Any]:
     info["metrics"] = result["records"]
     (student / "diffdistill.json").write_text(json.dumps(info, indent=1))
     write_card(student, info)
+    print(f"{out.stem}:")
     for r in result["records"]:
-        print(f"  {r['metric']:<12} {r['value']:.4f}   (n={r['n']}, {r['protocol']})")
+        print(f"  {r['metric']:<12} {r['value']:.4f}   (n={r['n']}, {r['protocol']})", flush=True)
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -20,7 +21,7 @@ def dsm(
     t: Tensor,
     cond: Cond,
     *,
-    max_weight: float | None = None,
+    max_weight: float = math.inf,
 ) -> Tensor:
     """Denoising score matching with the weight that trained the network (DMD, Sec. 3.2).
 

@@ -17,7 +17,7 @@ class Config(MethodConfig):
     times: Literal["lognormal", "uniform"] = "uniform"
     p_mean: float = -1.2  # of log sigma; EDM Tab. 1
     p_std: float = 1.2
-    max_weight: float | None = None  # min-SNR gamma, arXiv 2303.09556: 5
+    max_weight: float = float("inf")  # min-SNR gamma, arXiv 2303.09556: 5
 
 
 class Diffusion(Method):

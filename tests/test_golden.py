@@ -1,0 +1,54 @@
+"""The first losses of every shipped recipe, in float32 on one thread, in miniature.
+
+A change that should not alter numbers leaves tests/golden/*.json alone. A change that should says why
+and remakes them: DIFFDISTILL_GOLDEN=write pytest tests/test_golden.py
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from diffdistill import config, run
+from diffdistill.registry import get_method
+from diffdistill.teachers import load_teacher
+
+GOLDEN = Path(__file__).parent / "golden"
+STEPS = 10
+SMALL = [
+    f"train.steps={STEPS}", "train.batch_size=6", "data.size=48", "precision.dtype=fp32",
+    "precision.attention=default", "precision.channels_last=off", "threads=1",
+]  # fmt: skip
+
+
+@pytest.fixture
+def sample_of_fashion(monkeypatch):
+    """Noise with labels stands in for Fashion-MNIST: the losses are pinned, not the data set."""
+    from diffdistill.data import fashion
+
+    rng = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (48, 1, 28, 28), generator=rng).to(torch.uint8)
+    monkeypatch.setattr(fashion, "load", lambda split: (pixels, torch.arange(48) % 10))
+
+
+@pytest.mark.parametrize("recipe", config.names("recipe"))
+def test_first_losses(recipe, tmp_path, sample_of_fashion):
+    cfg, _ = config.compose([f"recipe={recipe}", *SMALL, f"run.root={tmp_path}"])
+    cls = get_method(cfg.method_name)
+    teacher = load_teacher(cfg.teacher.name)
+    acc = Accelerator(cpu=True)
+    engine = run.build(cfg, cls, cls.needs(cfg.method), teacher, tmp_path, acc)
+    losses = [{k: float(v) for k, v in engine.train_step().items()} for _ in range(STEPS)]
+    file = GOLDEN / f"{recipe}.json"
+    if os.environ.get("DIFFDISTILL_GOLDEN") == "write":
+        GOLDEN.mkdir(exist_ok=True)
+        file.write_text(json.dumps(losses, indent=1) + "\n")
+    wanted = json.loads(file.read_text())
+    assert len(wanted) == STEPS
+    for step, (got, want) in enumerate(zip(losses, wanted, strict=True)):
+        assert set(got) == set(want), step
+        for name, value in want.items():
+            assert got[name] == pytest.approx(value, rel=2e-3, abs=1e-6), (step, name)
