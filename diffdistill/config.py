@@ -56,7 +56,6 @@ class RunSection:
 @dataclass
 class TeacherConfig:
     name: str = MISSING  # embedded name, folder, or hub id
-    guidance: float | None = None  # None: the teacher's own
 
 
 @dataclass
@@ -124,8 +123,7 @@ ALLOWED = {
     "0 or more, less than 1": lambda v: 0 <= v < 1,
 }
 RULES = {
-    "teacher.guidance": "0 or more", "train.steps": "1 or more", "train.batch_size": "1 or more",
-    "train.micro_batch": "0 or more",
+    "train.steps": "1 or more", "train.batch_size": "1 or more", "train.micro_batch": "0 or more",
     "train.max_skipped": "1 or more", "student.lora_rank": "0 or more",
     "checkpoint.every": "0 or more", "checkpoint.keep": "1 or more", "log.every": "1 or more",
     "log.samples_every": "0 or more", "evaluate.n": "2 or more", "evaluate.every": "0 or more",

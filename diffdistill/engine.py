@@ -316,8 +316,8 @@ class Engine:
             raise NonFinite(
                 f"{role.skipped_in_row} updates in a row of role {name!r} had non-finite "
                 f"gradients, the last at step {self.step}. Losses: {losses}. To reproduce: "
-                f"train.seed={self.cfg.seed}, resume from the last checkpoint, look at step {self.step}. "
-                f"Try a lower optim.{name}.lr or precision.dtype=fp32."
+                f"train.seed={self.cfg.seed}, resume from the last checkpoint, look at step "
+                f"{self.step}. Try a lower optim.{name}.lr or precision.dtype=fp32."
             )
 
     def _average_gradients(self, role: Role) -> None:

@@ -91,19 +91,26 @@ def few_step_scheduler(teacher: SchedulerMixin, sampler: Sampler) -> SchedulerMi
 
 def _lcm(teacher: SchedulerMixin, sampler: Sampler) -> LCMScheduler | None:
     steps = len(sampler.times)
+    if sampler.times[-1] < 1:
+        return None
     if sampler.renoise != "fresh" and steps > 1:
         return None
     if teacher.config.beta_schedule not in ("linear", "scaled_linear", "squaredcos_cap_v2"):
         return None
     shared = {k: teacher.config[k] for k in SHARED if k in teacher.config}
-    stock = LCMScheduler(
-        **shared, original_inference_steps=steps, clip_sample=False, steps_offset=1,
-        set_alpha_to_one=True, timestep_scaling=1e3,  # c_skip < 1e-6: denoised is x0 from t = 1 on
-    )  # fmt: skip
-    stock.set_timesteps(steps)
-    same_times = stock.timesteps.tolist() == list(sampler.times)
-    same_noise = torch.allclose(stock.alphas_cumprod, teacher.alphas_cumprod, rtol=1e-6, atol=0)
-    return stock if same_times and same_noise and sampler.times[-1] >= 1 else None
+    for original in (steps, 50, *range(steps + 1, 201)):  # 50: LCM's own grid
+        if original < steps:
+            continue
+        stock = LCMScheduler(
+            **shared, original_inference_steps=original, clip_sample=False, steps_offset=1,
+            set_alpha_to_one=True, timestep_scaling=1e3,  # c_skip < 1e-6: x0 from t = 1 on
+        )  # fmt: skip
+        if not torch.allclose(stock.alphas_cumprod, teacher.alphas_cumprod, rtol=1e-6, atol=0):
+            return None
+        stock.set_timesteps(steps)
+        if stock.timesteps.tolist() == list(sampler.times):
+            return stock
+    return None
 
 
 def _fused(unet: UNet2DConditionModel) -> UNet2DConditionModel:

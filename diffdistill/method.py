@@ -43,7 +43,7 @@ class Batch:
     pair: Pair | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     device: torch.device | str = "cpu"
-    memo: dict[str, Tensor] = field(default_factory=dict)  # from one update of a step to the next
+    memo: dict[str, Any] = field(default_factory=dict)  # from one update of a step to the next
     shared: torch.Generator | None = None  # random numbers that agree on all processes
 
     def randint(self, n: int) -> int:
@@ -80,6 +80,7 @@ class Needs:
 
     images: bool = False  # real images (or latents of them)
     pairs: int = 0  # stored teacher trajectories
+    pair_steps: int = 0  # solver steps of each; 0: the teacher's default
     teacher: Literal["denoiser", "tokens"] = "denoiser"
     features: bool = False  # a feature_layer for a discriminator
 

@@ -123,6 +123,8 @@ def build(
     """The engine of a run, before its first step."""
     device = accelerator.device
     teacher.denoiser.to(device)
+    if hasattr(teacher.pipe, "vae"):
+        teacher.pipe.vae.to(device)
     torch.manual_seed(cfg.train.seed)  # random heads start alike on every process
     method = cls(cfg.method, teacher.denoiser)
     with accelerator.main_process_first():  # the others find the cache filled
@@ -315,9 +317,7 @@ def finish(
     return None
 
 
-def export(
-    cfg: RunConfig, engine: Engine, teacher: Teacher, folder: Path, argv: list[str]
-) -> Path:
+def export(cfg: RunConfig, engine: Engine, teacher: Teacher, folder: Path, argv: list[str]) -> Path:
     """Write the student folder with its averaged weights."""
     info = student_info(cfg, engine, teacher, argv)
     student = folder / "student"

@@ -124,7 +124,7 @@ class RectifiedFlow:
 class TrigFlow:
     """z = cos t x0 + sin t eps, t in [0, pi/2] (Lu and Song, arXiv 2410.11081)."""
 
-    t_min: float = 0.0
+    t_min: float = 1e-3  # at 0 the weight of a velocity network is infinite
     t_max: float = 1.5707963267948966
     levels: int = 1000
 

@@ -9,8 +9,9 @@ Yin et al., "Improved Distribution Matching Distillation for Fast Image Synthesi
     fake score:   w(t) |D_fake(z_t) - sg[x]|^2, the weight that trained the teacher
                   [+ w_cls (softplus(T(fake_s)) + softplus(-T(real_s)))], T reads D_fake's mid block
 
-DMD (v1): regression=0.25, ttur=1. DMD2: ttur=5, gan=3e-3. Deviations from the papers: none in the
-losses; Eq. 8 of DMD has one more factor alpha_t than all released code, which we follow.
+DMD (v1): ttur=1, regression=0.25, regression_distance=lpips. DMD2: ttur=5, gan=3e-3. Deviations:
+Eq. 8 of DMD has one more factor alpha_t than all released code, which we follow; gradient norms are
+clipped per role (DMD2: fake score and head together); real and fake share a batch's conditions.
 """
 
 from dataclasses import dataclass
@@ -34,9 +35,14 @@ class Config(MethodConfig):
     student_steps: int = 1
     student_input: Literal["noise", "backward_sim", "noised_data"] = "backward_sim"  # DMD2 Sec. 4.5
     ttur: int = 5  # fake-score updates per student update; DMD2 Sec. 4.2
+    conditioning_time: float | None = None  # of a one-step student; DMD2 on SDXL: 399; None: T - 1
+    renoise: Literal["fresh", "ode"] = "fresh"  # between the steps of a few-step student
+    matching: float = 1.0  # weight of the matching loss; 0: GAN only
     regression: float = 0.0  # weight of the pair loss; DMD: 0.25
     regression_distance: Literal["l2", "lpips"] = "l2"  # DMD: LPIPS on decoded images
-    pairs: int = 2000  # stored teacher trajectories, if regression > 0
+    regression_concat: bool = False  # pair outputs join the matching and critic batch; DMD on LAION
+    pairs: int = 2000  # stored teacher trajectories, if regression > 0; DMD: 25k to 500k
+    pair_steps: int = 0  # solver steps of each; 0: the teacher's default; DMD: 18 to 256
     gan: float = 0.0  # weight of the student's GAN loss; DMD2: 3e-3
     gan_critic: float = 1e-2  # weight of the discriminator's loss; DMD2
     gan_feature_source: Literal["fake_trainable", "teacher_frozen"] = "fake_trainable"
@@ -48,6 +54,14 @@ class Config(MethodConfig):
             raise ValueError(
                 f"method.student_input=noise is for one step, but method.student_steps="
                 f"{self.student_steps}. Use backward_sim or noised_data."
+            )
+        if self.conditioning_time is not None and self.student_steps > 1:
+            raise ValueError("method.conditioning_time is for method.student_steps=1")
+        if self.regression > 0 and self.student_steps > 1:
+            raise ValueError("method.regression trains one step; set method.student_steps=1")
+        if self.regression_concat and (self.regression == 0 or self.ttur != 1):
+            raise ValueError(
+                "method.regression_concat needs method.regression > 0 and method.ttur=1"
             )
         if not 0 <= self.t_low < self.t_high <= 1:
             raise ValueError(f"need 0 <= t_low < t_high <= 1, not {self.t_low}, {self.t_high}")
@@ -62,7 +76,12 @@ class DMD(Method):
     def needs(cls, cfg: Config) -> Needs:
         noised = cfg.student_input == "noised_data" and cfg.student_steps > 1
         pairs = cfg.pairs if cfg.regression > 0 else 0
-        return Needs(images=cfg.gan > 0 or noised, pairs=pairs, features=cfg.gan > 0)
+        return Needs(
+            images=cfg.gan > 0 or noised,
+            pairs=pairs,
+            pair_steps=cfg.pair_steps,
+            features=cfg.gan > 0,
+        )
 
     def roles(self):
         roles = {"student": "teacher", "fake_score": "teacher"}
@@ -70,63 +89,65 @@ class DMD(Method):
 
     def updates(self):
         critics = tuple(r for r in self.roles() if r != "student")
-        if self.cfg.gan_feature_source == "teacher_frozen" and self.cfg.gan > 0:
-            critics = ("fake_score", "discriminator")
         return (
             Update("student", ("student",), self.student_loss, every=self.cfg.ttur),
             Update("fake_score", critics, self.fake_score_loss),
         )
 
     def sampler(self) -> Sampler:
-        return Sampler(student_times(self.schedule, self.cfg.student_steps))
+        if self.cfg.conditioning_time is not None:
+            return Sampler((self.cfg.conditioning_time,))
+        return Sampler(student_times(self.schedule, self.cfg.student_steps), self.cfg.renoise)
 
     def generate(self, batch: Batch):
+        """Samples and their conditions."""
         source = self.cfg.student_input
-        return student_output(self.student, self.schedule, batch, self.sampler(), source)
+        x = student_output(self.student, self.schedule, batch, self.sampler(), source)
+        return x, batch.cond
 
     def student_loss(self, batch: Batch):
-        x = self.generate(batch)
-        batch.memo["x"] = x.detach()  # the fake score sees the same samples, before this update
+        x, cond = self.generate(batch)
+        losses = {"_output_std": x.detach().std()}
+        if self.cfg.regression > 0:
+            pair = batch.pair
+            ref = sample(self.student, self.schedule, [pair.eps], pair.cond, self.sampler())
+            d = distance(self.cfg.regression_distance, ref, pair.x, self.teacher)
+            losses["regression"] = self.cfg.regression * d
+            if self.cfg.regression_concat:
+                x = torch.cat([x, ref])
+                cond = {k: torch.cat([v, pair.cond[k]]) for k, v in cond.items()}
+        batch.memo["x"] = x.detach(), cond  # the fake score sees them before this update
         t = uniform_times(self.schedule, x, self.cfg.t_low, self.cfg.t_high)
         z = add_noise(self.schedule, x.detach(), torch.randn_like(x), t)
         with torch.no_grad():
-            x0_teacher = guided(self.teacher, self.cfg.guidance)(z, t, batch.cond)
-            x0_fake = self.fake_score(z, t, batch.cond)
-        v = matching_direction(x, x0_teacher, x0_fake)
-        losses = {
-            "matching": vsd_surrogate(x, v),
-            "_direction": v.abs().mean(),
-            "_output_std": x.detach().std(),
-        }
+            x0_teacher = guided(self.teacher, self.cfg.guidance)(z, t, cond)
+            x0_fake = self.fake_score(z, t, cond)
+        losses["matching"] = self.cfg.matching * vsd_surrogate(
+            x, matching_direction(x, x0_teacher, x0_fake)
+        )
+        losses["_gap"] = (x0_fake - x0_teacher).abs().mean()  # what shrinks as the student learns
         if self.cfg.gan > 0:
-            losses["gan"] = self.cfg.gan * gan.generator_loss(self.logits(x, batch))
-        if self.cfg.regression > 0:
-            ref = self.one_step(batch.pair.eps, batch.pair.cond)
-            d = distance(self.cfg.regression_distance, ref, batch.pair.x, self.teacher)
-            losses["regression"] = self.cfg.regression * d
+            losses["gan"] = self.cfg.gan * gan.generator_loss(self.logits(x, cond))
         return losses
 
     def fake_score_loss(self, batch: Batch):
-        x = batch.memo.pop("x", None)
+        x, cond = batch.memo.pop("x", (None, None))
         if x is None:
             with torch.no_grad():
-                x = self.generate(batch)
+                x, cond = self.generate(batch)
         t = uniform_times(self.schedule, x)
-        losses = {"dsm": dsm(self.fake_score, x, torch.randn_like(x), t, batch.cond)}
+        losses = {"dsm": dsm(self.fake_score, x, torch.randn_like(x), t, cond)}
         if self.cfg.gan > 0:
-            real, fake = self.logits(batch.x, batch), self.logits(x, batch)
+            real, fake = self.logits(batch.x, batch.cond), self.logits(x, cond)
             losses["gan"] = self.cfg.gan_critic * gan.critic_loss(real, fake)
             losses["_accuracy"] = gan.accuracy(real, fake)
         return losses
 
-    def logits(self, x, batch: Batch):
+    def logits(self, x, cond):
         """T at a fresh time over the full grid, with fresh noise."""
         t = uniform_times(self.schedule, x)
         z = add_noise(self.schedule, x, torch.randn_like(x), t)
         frozen = self.cfg.gan_feature_source == "teacher_frozen"
-        features = (self.teacher if frozen else self.fake_score).features(z, t, batch.cond)
-        return self.discriminator(features)
-
-    def one_step(self, eps, cond):
-        sampler = Sampler(student_times(self.schedule, 1))
-        return sample(self.student, self.schedule, [eps], cond, sampler)
+        return self.discriminator(
+            (self.teacher if frozen else self.fake_score).features(z, t, cond)
+        )

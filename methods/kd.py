@@ -29,7 +29,7 @@ class KD(Method):
 
     @classmethod
     def needs(cls, cfg: Config) -> Needs:
-        return Needs(pairs=cfg.pairs)
+        return Needs(pairs=cfg.pairs, pair_steps=cfg.solver_steps)
 
     def updates(self):
         return (Update("student", ("student",), self.loss),)

@@ -118,8 +118,9 @@ def stream(
     pairs = None
     if needs.pairs:
         pairs = teacher_pairs(
-            teacher, lookups, len(raw.conditions), needs.pairs, guidance, folder, device
-        )
+            teacher, lookups, len(raw.conditions), needs.pairs, needs.pair_steps, guidance,
+            folder, device,
+        )  # fmt: skip
     shape = teacher.denoiser.shape
     return TensorStream(
         len(raw.conditions), shape, lookups, x=x, pairs=pairs, seed=seed, device=device
@@ -131,12 +132,13 @@ def teacher_pairs(
     lookups: dict[str, Lookup],
     n_conditions: int,
     count: int,
+    steps: int,
     guidance: float,
     folder: Path,
     device: torch.device | str,
 ) -> tuple[Tensor, Tensor, dict[str, Lookup]]:
-    """Stored trajectories (eps, x) of the teacher's ODE at its default steps, shard by shard."""
-    steps = int(teacher.info.get("steps", 50))
+    """Stored trajectories (eps, x) of the teacher's ODE, shard by shard; resumable."""
+    steps = steps or int(teacher.info.get("steps", 50))
     solve = ode.heun if teacher.family == "edm" else ode.ddim
     where = folder / f"pairs-{solve.__name__}{steps}-g{guidance:g}"
     denoise, schedule = guided(teacher.denoiser, guidance), teacher.denoiser.schedule

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,7 +25,12 @@ class Head(nn.Sequential):
 
 
 def _norm(channels: int) -> tuple[nn.Module, nn.Module]:
-    return nn.GroupNorm(math.gcd(32, channels), channels), nn.SiLU()
+    """GroupNorm 32 (DMD2), fewer groups for narrow networks.
+
+    The last map is 1 x 1: a group of few channels would be normalised to a constant.
+    """
+    groups = max(g for g in range(1, 33) if channels % g == 0 and (g == 1 or channels // g >= 8))
+    return nn.GroupNorm(groups, channels), nn.SiLU()
 
 
 @torch.no_grad()

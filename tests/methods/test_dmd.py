@@ -78,7 +78,7 @@ def test_4_only_the_student_gets_gradients_and_the_gan_path_reaches_it():
     method, batch = engine.method, engine._micro_batches(0)[0]
     engine._unfreeze_only(("student",))
     x = torch.randn(8, 1, 8, 8, requires_grad=True)
-    method.generate = lambda _batch: x
+    method.generate = lambda b: (x, b.cond)
     torch.manual_seed(0)
     losses = method.student_loss(batch)
     (matching,) = torch.autograd.grad(losses["matching"], x, retain_graph=True)
@@ -91,7 +91,8 @@ def test_4_only_the_student_gets_gradients_and_the_gan_path_reaches_it():
         )
     torch.testing.assert_close(matching, v / x.numel())
     (through_gan,) = torch.autograd.grad(losses["gan"], x)
-    assert through_gan.abs().max() > 0
+    assert through_gan.abs().max() > 1e-4
+    assert method.logits(x, batch.cond).std() > 1e-3
     for role in ("fake_score", "discriminator"):
         assert all(p.grad is None for p in getattr(method, role).parameters())
 
@@ -197,7 +198,7 @@ def test_guided_fake_score_wrong_fixed_point():
 
 @pytest.mark.parametrize("prediction", ["x0", "eps", "v", "flow"])
 @pytest.mark.parametrize(
-    "schedule", [EDM(t_max=5.0), RectifiedFlow(t_max=0.98), TrigFlow(t_min=0.02, t_max=1.5)]
+    "schedule", [EDM(t_max=5.0), RectifiedFlow(t_max=0.98), TrigFlow(t_max=1.5)]
 )
 def test_any_prediction_type_and_schedule(prediction, schedule):
     net = gaussian((0.8,), 0.5, schedule).net
@@ -229,7 +230,7 @@ def test_v1_critic_sees_the_samples_from_before_the_update():
     batch = engine._micro_batches(0)[0]
     engine._unfreeze_only(("student",))
     engine.method.student_loss(batch)
-    x = batch.memo["x"]
+    x, _ = batch.memo["x"]
     assert not x.requires_grad
     calls = []
     engine.method.generate = lambda b: calls.append(b)
@@ -237,9 +238,40 @@ def test_v1_critic_sees_the_samples_from_before_the_update():
     assert calls == [] and "x" not in batch.memo
 
 
-def test_options_that_contradict_are_refused():
-    with pytest.raises(ValueError, match="student_input=noise is for one step"):
-        dmd.Config(student_steps=4, student_input="noise").validate()
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"student_steps": 4, "student_input": "noise"}, "student_input=noise is for one step"),
+        ({"student_steps": 2, "conditioning_time": 399.0}, "conditioning_time is for"),
+        ({"student_steps": 2, "regression": 0.25}, "regression trains one step"),
+        ({"regression": 0.25, "regression_concat": True}, "method.ttur=1"),
+        ({"t_low": 0.9, "t_high": 0.1}, "t_low < t_high"),
+    ],
+)
+def test_options_that_contradict_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        dmd.Config(**options).validate()
+
+
+def test_pair_outputs_join_the_batch_when_asked_to():
+    pairs = (torch.zeros(32, 1, 8, 8), torch.zeros(32, 1, 8, 8))
+    labels = torch.arange(64) % 3
+    engine = run_method(
+        "dmd", tiny_denoiser(SMALL, "x0"), steps=1, batch_size=8, pairs=pairs, ttur=1, train=False,
+        cond={"label": lambda i: labels[i % 64]}, regression=0.25, regression_concat=True,
+    )  # fmt: skip
+    batch = engine._micro_batches(0)[0]
+    engine.method.student_loss(batch)
+    x, cond = batch.memo["x"]
+    assert len(x) == 16 and len(cond["label"]) == 16
+    assert torch.equal(cond["label"][8:], batch.pair.cond["label"])
+
+
+def test_conditioning_time_and_renoise_reach_the_sampler():
+    teacher = gaussian((0.0,), 1.0, SD)
+    assert dmd.DMD(dmd.Config(conditioning_time=399.0), teacher).sampler().times == (399.0,)
+    few = dmd.DMD(dmd.Config(student_steps=2, renoise="ode"), teacher).sampler()
+    assert few == Sampler((999.0, 499.0), "ode")
 
 
 def test_needs_follow_the_options():

@@ -6,7 +6,7 @@ import torch
 from diffdistill.denoiser import Denoiser
 from diffdistill.methods import lcm
 from diffdistill.parts.ode import ddim
-from diffdistill.schedules import DDPM, EDM, bcast, student_times
+from diffdistill.schedules import DDPM, EDM, RectifiedFlow, bcast, student_times
 from diffdistill.testing import gaussian, run_method, student_samples
 
 SD = DDPM((1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0))
@@ -60,15 +60,34 @@ def test_the_target_carries_no_gradient():
     assert seen == [False, True]
 
 
-def test_boundary_condition():
-    engine = engine_of(SD)
+@pytest.mark.parametrize("schedule", [EDM(), SD, RectifiedFlow()])
+def test_boundary_condition(schedule):
+    """f is the identity at the lowest time, and D itself at every time of the sampler."""
+    engine = engine_of(schedule)
     z = torch.randn(5, 1)
-    out = engine.method.consistency(z, torch.zeros(5, dtype=torch.float64), {})
-    torch.testing.assert_close(out, z)
-    late = engine.method.consistency(z, torch.full((5,), 999.0, dtype=torch.float64), {})
-    torch.testing.assert_close(
-        late, engine.method.student(z, torch.full((5,), 999.0), {}), atol=1e-4, rtol=0
-    )
+    at = lambda t: torch.full((5,), t, dtype=torch.float64)  # noqa: E731
+    torch.testing.assert_close(engine.method.consistency(z, at(float(schedule.grid()[0])), {}), z)
+    for t in engine.method.sampler().times:
+        f, x0 = engine.method.consistency(z, at(t), {}), engine.method.student(z, at(t), {})
+        torch.testing.assert_close(f, x0, atol=1e-4, rtol=0)
+
+
+def test_the_lowest_target_is_the_boundary_so_a_constant_student_has_loss():
+    engine = engine_of(SD, solver_steps=50)
+    seen = []
+    original = engine.method.consistency
+    engine.method.consistency = lambda z, t, cond: (seen.append(t), original(z, t, cond))[1]
+    batch = engine._micro_batches(0)[0]
+    engine.method.loss(batch)
+    assert seen[0].min() == 0 and seen[1].min() == 19
+    engine.method.student.net.forward = lambda z, t: torch.full_like(z, 0.7)
+    assert engine.method.loss(batch)["consistency"] > 1e-3
+
+
+def test_sampler_times_are_solver_times():
+    assert engine_of(SD, solver_steps=50).method.sampler().times == (999.0, 759.0, 499.0, 259.0)
+    with pytest.raises(ValueError, match="solver_steps=2"):
+        lcm.Config(student_steps=4, solver_steps=2).validate()
 
 
 def test_wrong_unguided_step_when_guidance_is_asked_for():
