@@ -26,3 +26,9 @@ def test_the_example_method_is_short_and_distils_a_gaussian(tmp_path):
 def test_the_two_commands_are_there():
     assert "pip install -e . && accelerate launch -m diffdistill.train recipe=quickstart" in README
     assert 'pip install -e ".[test]" && pytest' in README
+
+
+def test_the_tables_are_those_of_the_stored_results():
+    from diffdistill.eval import tables
+
+    assert tables.updated(README) == README

@@ -63,7 +63,8 @@ def shapes_sd(settings: Settings, folder: Path, accelerator: Accelerator, train:
         device=accelerator.device,
     )  # fmt: skip
     _fast(denoiser, stream.batch(0, 0, range(settings["diffusion"]["batch_size"]), 64))
-    method = diffusion.Diffusion(diffusion.Config(), denoiser)
+    limit = settings["min_snr"]
+    method = diffusion.Diffusion(diffusion.Config(max_weight=limit), denoiser)
     train("diffusion", method, denoiser, stream, settings["diffusion"], folder, accelerator)
     out = folder / "teachers" / "shapes-sd"
     unet.half()
@@ -161,11 +162,13 @@ def _clip(
         ).input_ids
 
     own = ids([s.caption for s in scenes])
-    order = Shuffled(len(scenes), 0)
+    weights = tower["task_weights"]  # relations and bindings are learned last: show them more often
+    pick = torch.tensor([i for i in range(len(scenes)) for _ in range(weights[i % len(weights)])])
+    order = Shuffled(len(pick), 0)
 
     class Captions:
         def batch(self, step: int, draw: int, rows: range, batch_size: int) -> Batch:
-            at = order.indices(step, draw, rows, batch_size)
+            at = pick[order.indices(step, draw, rows, batch_size)]
             rng = np.random.default_rng([step, draw, rows.start])
             hard = ids([shapes.altered_caption(scenes[i].record, rng) for i in at.tolist()])
             x = images[at].float() / 127.5 - 1
@@ -181,8 +184,9 @@ def _clip(
         with torch.no_grad():
             image, text = towers(pixels, right)
             _, other = towers(pixels, wrong)
-        better = (image * text).sum(1) > (image * other).sum(1)
-        return f"right caption preferred to an altered one: {better.float().mean():.3f}"
+        better = ((image * text).sum(1) > (image * other).sum(1)).float()
+        tasks = ", ".join(f"{t} {better[k::6].mean():.3f}" for k, t in enumerate(shapes.TASKS))
+        return f"right caption preferred to an altered one: {better.mean():.3f} ({tasks})"
 
     method = clip.Contrastive(clip.Config())
     train("clip", method, towers, Captions(), settings["contrastive"], folder, accelerator, check)
