@@ -270,7 +270,7 @@ def judging(cfg: RunConfig, teacher: Teacher, folder: Path, argv: list[str]) -> 
     def judge_now(engine: Engine) -> None:
         if engine.step < cfg.train.steps:  # the last one is judged by `finish`
             student = export(cfg, engine, teacher, folder, argv)
-            judge(student, folder / "eval" / f"step_{engine.step:06d}.json", cfg.evaluate.n)
+            judge(student, folder, engine, cfg.evaluate.n)
 
     return Every(cfg.evaluate.every, judge_now, at_start=False)
 
@@ -313,7 +313,7 @@ def finish(
     student = export(cfg, engine, teacher, folder, argv)
     print(f"student: {student}")
     if cfg.evaluate.at_end and teacher.info.get("protocol"):
-        return judge(student, folder / "eval" / f"step_{engine.step:06d}.json", cfg.evaluate.n)
+        return judge(student, folder, engine, cfg.evaluate.n)
     return None
 
 
@@ -339,13 +339,15 @@ def export(cfg: RunConfig, engine: Engine, teacher: Teacher, folder: Path, argv:
     return student
 
 
-def judge(student: Path, out: Path, n: int | None) -> dict[str, Any]:
+def judge(student: Path, folder: Path, engine: Engine, n: int | None) -> dict[str, Any]:
     """Evaluate a student folder under its protocol and add the numbers to its card."""
+    out = folder / "eval" / f"step_{engine.step:06d}.json"
     from diffdistill.card import write_card
     from diffdistill.eval.evaluate import evaluate
     from diffdistill.pipelines.loading import load_pipeline
 
-    result = evaluate(load_pipeline(student), n=n, out=out)
+    generator = load_pipeline(student, device=str(engine.acc.device))
+    result = evaluate(generator, n=n, out=out)
     info = json.loads((student / "diffdistill.json").read_text())
     info["metrics"] = result["records"]
     (student / "diffdistill.json").write_text(json.dumps(info, indent=1))

@@ -56,7 +56,7 @@ def test_the_same_command_again_is_done_and_other_settings_are_refused(trained):
     folder, _ = trained
     again = run("-m", "diffdistill.train", *SETTINGS, cwd=folder)
     assert again.returncode == 0 and "is finished" in again.stdout
-    other = run("-m", "diffdistill.train", *SETTINGS, "method.ttur=2", cwd=folder)
+    other = run("-m", "diffdistill.train", *SETTINGS, "method.ttur=7", cwd=folder)
     assert other.returncode == 2 and "run.name" in other.stderr
 
 
