@@ -92,7 +92,7 @@ def _pass(net: Denoiser, batch: Batch) -> None:
     net.net.zero_grad(set_to_none=True)
 
 
-def _time(fn: Callable[[], None], device: torch.device | str, repeats: int = 3) -> float:
+def _time(fn: Callable[[], None], device: torch.device | str, repeats: int = 6) -> float:
     cuda = torch.device(device).type == "cuda"
     times = []
     for _ in range(repeats + 1):
