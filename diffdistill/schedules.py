@@ -168,6 +168,11 @@ def student_times(schedule: Schedule, steps: int) -> tuple[float, ...]:
     return tuple(float(grid[top * (steps - i) // steps - 1]) for i in range(steps))
 
 
+def grid_index(schedule: Schedule, t: Tensor) -> Tensor:
+    """Position of each time in the schedule's grid: int64, shape of t."""
+    return torch.searchsorted(schedule.grid().to(t.device), t)
+
+
 def bcast(values: Tensor, like: Tensor) -> Tensor:
     """[B] or scalar -> [B, 1, 1, ...] in the dtype of `like`."""
     values = values.to(like.dtype)

@@ -23,7 +23,7 @@ from diffdistill.denoiser import guided
 from diffdistill.method import Batch, Method, MethodConfig, Needs, Sampler, Update
 from diffdistill.parts.ode import ddim_step
 from diffdistill.registry import register_method
-from diffdistill.schedules import add_noise, bcast, student_times
+from diffdistill.schedules import add_noise, bcast, grid_index, student_times
 
 
 @dataclass
@@ -62,9 +62,9 @@ class LCM(Method):
     def loss(self, batch: Batch):
         x, cond = batch.x, batch.cond
         times = student_times(self.schedule, self.cfg.solver_steps)
-        grid = torch.tensor([float(self.schedule.grid()[0]), *reversed(times)], dtype=torch.float64)
-        index = torch.randint(1, len(grid), (len(x),))
-        t, s = (grid[i].to(x.device) for i in (index, index - 1))
+        grid = x.new_tensor([self.schedule.grid()[0], *reversed(times)], dtype=torch.float64)
+        index = torch.randint(1, len(grid), (len(x),), device=x.device)
+        t, s = grid[index], grid[index - 1]
         z = add_noise(self.schedule, x, torch.randn_like(x), t)
         with torch.no_grad():
             x0 = guided(self.teacher, self.cfg.guidance)(z, t, cond)
@@ -74,6 +74,6 @@ class LCM(Method):
 
     def consistency(self, z, t, cond):
         """f(z, t), the identity at the lowest time of the schedule's grid."""
-        r = 10 * torch.searchsorted(self.schedule.grid().to(t.device), t)
+        r = 10 * grid_index(self.schedule, t)
         c_skip = self.cfg.sigma_data**2 / (r.square() + self.cfg.sigma_data**2)
         return torch.lerp(self.student(z, t, cond), z, bcast(c_skip, z))
