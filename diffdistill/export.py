@@ -98,6 +98,10 @@ def _lcm(teacher: SchedulerMixin, sampler: Sampler) -> LCMScheduler | None:
     if teacher.config.beta_schedule not in ("linear", "scaled_linear", "squaredcos_cap_v2"):
         return None
     shared = {k: teacher.config[k] for k in SHARED if k in teacher.config}
+    top = int(sampler.times[0]) + 1  # a student that starts lower has a shorter table of betas
+    if top < len(teacher.betas):
+        shared |= {"num_train_timesteps": top, "trained_betas": teacher.betas[:top].tolist()}
+        shared["rescale_betas_zero_snr"] = False  # they already are
     for original in (steps, 50, *range(steps + 1, 201)):  # 50: LCM's own grid
         if original < steps:
             continue
@@ -105,7 +109,8 @@ def _lcm(teacher: SchedulerMixin, sampler: Sampler) -> LCMScheduler | None:
             **shared, original_inference_steps=original, clip_sample=False, steps_offset=1,
             set_alpha_to_one=True, timestep_scaling=1e3,  # c_skip < 1e-6: x0 from t = 1 on
         )  # fmt: skip
-        if not torch.allclose(stock.alphas_cumprod, teacher.alphas_cumprod, rtol=1e-6, atol=0):
+        table = teacher.alphas_cumprod[:top]
+        if not torch.allclose(stock.alphas_cumprod, table, rtol=1e-6, atol=0):
             return None
         stock.set_timesteps(steps)
         if stock.timesteps.tolist() == list(sampler.times):

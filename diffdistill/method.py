@@ -148,5 +148,7 @@ class Method:
         return ()
 
     def sampler(self) -> Sampler:
-        """How the student samples; `student_steps` of the config at the usual times."""
-        return Sampler(student_times(self.schedule, getattr(self.cfg, "student_steps", 1)))
+        """How the student samples: `student_steps` of the config, from its `conditioning_time`."""
+        steps = getattr(self.cfg, "student_steps", 1)
+        first = getattr(self.cfg, "conditioning_time", None)
+        return Sampler(student_times(self.schedule, steps, first))

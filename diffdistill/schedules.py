@@ -157,15 +157,26 @@ def karras(steps: int, t_min: float = 0.002, t_max: float = 80.0, rho: float = 7
     return (t_max ** (1 / rho) + ramp * (t_min ** (1 / rho) - t_max ** (1 / rho))) ** rho
 
 
-def student_times(schedule: Schedule, steps: int) -> tuple[float, ...]:
+def student_times(
+    schedule: Schedule, steps: int, first: float | None = None
+) -> tuple[float, ...]:
     """The times at which a K-step student is called: the grid from its noisy end, every T/K.
 
     DDPM with T = 1000 gives 999, 749, 499, 249 for four steps (DMD2); EDM the same indices of
-    the Karras grid.
+    the Karras grid. `first` replaces the noisy end: DDPM from 599 gives 599, 449, 299, 149.
     """
     grid = schedule.grid()
-    top = len(grid)
-    return tuple(float(grid[top * (steps - i) // steps - 1]) for i in range(steps))
+    if first is None:
+        top = len(grid)
+    elif schedule.t_min < first <= schedule.t_max:
+        top = int(torch.searchsorted(grid, first)) + 1
+    else:
+        raise ValueError(
+            f"a student cannot start at time {first}. Allowed: above {schedule.t_min}, up to "
+            f"{schedule.t_max}"
+        )
+    times = tuple(float(grid[top * (steps - i) // steps - 1]) for i in range(steps))
+    return times if first is None else (float(first), *times[1:])
 
 
 def grid_index(schedule: Schedule, t: Tensor) -> Tensor:

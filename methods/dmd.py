@@ -35,7 +35,7 @@ class Config(MethodConfig):
     student_steps: int = 1
     student_input: Literal["noise", "backward_sim", "noised_data"] = "backward_sim"  # DMD2 Sec. 4.5
     ttur: int = 5  # fake-score updates per student update; DMD2 Sec. 4.2
-    conditioning_time: float | None = None  # of a one-step student; DMD2 on SDXL: 399; None: T - 1
+    conditioning_time: float | None = None  # of the first step; None: T - 1; DMD2 on SDXL: 399
     renoise: Literal["fresh", "ode"] = "fresh"  # between the steps of a few-step student
     matching: float = 1.0  # weight of the matching loss; 0: GAN only
     regression: float = 0.0  # weight of the pair loss; DMD: 0.25
@@ -55,8 +55,6 @@ class Config(MethodConfig):
                 f"method.student_input=noise is for one step, but method.student_steps="
                 f"{self.student_steps}. Use backward_sim or noised_data."
             )
-        if self.conditioning_time is not None and self.student_steps > 1:
-            raise ValueError("method.conditioning_time is for method.student_steps=1")
         if self.regression > 0 and self.student_steps > 1:
             raise ValueError("method.regression trains one step; set method.student_steps=1")
         if self.regression_concat and (self.regression == 0 or self.ttur != 1):
@@ -95,9 +93,8 @@ class DMD(Method):
         )
 
     def sampler(self) -> Sampler:
-        if self.cfg.conditioning_time is not None:
-            return Sampler((self.cfg.conditioning_time,))
-        return Sampler(student_times(self.schedule, self.cfg.student_steps), self.cfg.renoise)
+        times = student_times(self.schedule, self.cfg.student_steps, self.cfg.conditioning_time)
+        return Sampler(times, self.cfg.renoise)
 
     def generate(self, batch: Batch):
         """Samples and their conditions."""

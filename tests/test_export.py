@@ -140,9 +140,9 @@ def export(teacher, folder, sampler, unet=None, **info):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("steps", [1, 4])
-def test_stock_diffusers_without_diffdistill_draws_the_same_image(teacher, tmp_path, steps):
-    sampler = Sampler(student_times(DDPM(teacher.scheduler.alphas_cumprod), steps))
+@pytest.mark.parametrize(("steps", "first"), [(1, None), (1, 625.0), (4, None)])
+def test_stock_diffusers_without_diffdistill_draws_the_same_image(teacher, tmp_path, steps, first):
+    sampler = Sampler(student_times(DDPM(teacher.scheduler.alphas_cumprod), steps, first))
     unet = student_unet(teacher)
     folder = export(teacher, tmp_path / "student", sampler, unet)
     out = tmp_path / "images.npy"
@@ -175,7 +175,7 @@ def test_load_student_needs_no_arguments_and_refuses_other_steps(teacher, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "sampler", [Sampler((999.0, 499.0), "ode"), Sampler((999.0, 665.0, 332.0)), Sampler((700.0,))]
+    "sampler", [Sampler((999.0, 499.0), "ode"), Sampler((999.0, 665.0, 332.0)), Sampler((700.0, 100.0))]
 )
 def test_samplers_that_no_stock_scheduler_takes_use_our_own(teacher, tmp_path, sampler):
     unet = student_unet(teacher)
@@ -191,14 +191,20 @@ def test_samplers_that_no_stock_scheduler_takes_use_our_own(teacher, tmp_path, s
 
 
 @pytest.mark.parametrize(
-    ("steps", "times"), [(1, [999]), (2, [999, 499]), (4, [999, 749, 499, 249])]
-)
-def test_stock_scheduler_takes_the_students_times(teacher, steps, times):
+    ("steps", "first", "times"),
+    [
+        (1, None, [999]), (2, None, [999, 499]), (4, None, [999, 749, 499, 249]),
+        (1, 625.0, [625]), (2, 599.0, [599, 299]), (4, 599.0, [599, 449, 299, 149]),
+    ],
+)  # fmt: skip
+def test_stock_scheduler_takes_the_students_times(teacher, steps, first, times):
     schedule = DDPM(teacher.scheduler.alphas_cumprod)
-    scheduler = few_step_scheduler(teacher.scheduler, Sampler(student_times(schedule, steps)))
+    sampler = Sampler(student_times(schedule, steps, first))
+    scheduler = few_step_scheduler(teacher.scheduler, sampler)
     assert isinstance(scheduler, LCMScheduler)
     scheduler.set_timesteps(steps)
-    assert scheduler.timesteps.tolist() == times
+    assert scheduler.timesteps.tolist() == times == list(sampler.times)
+    assert torch.equal(scheduler.alphas_cumprod[times], teacher.scheduler.alphas_cumprod[times])
 
 
 def test_generator_of_an_sd_student_does_not_depend_on_the_batch_size(teacher, tmp_path):

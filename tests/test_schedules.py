@@ -97,6 +97,15 @@ def test_student_times_of_dmd2():
     assert shift == pytest.approx((1.0, 3 * (499 / 999) / (1 + 2 * (499 / 999))))
 
 
+def test_student_times_from_a_lower_start():
+    ddpm = DDPM(torch.linspace(0.999, 0.005, 1000))
+    assert student_times(ddpm, 1, 625.0) == (625.0,)
+    assert student_times(ddpm, 4, 599.0) == (599.0, 449.0, 299.0, 149.0)
+    assert student_times(EDM(), 2, 2.5)[0] == 2.5 > student_times(EDM(), 2, 2.5)[1]
+    with pytest.raises(ValueError, match="cannot start at time 1000"):
+        student_times(ddpm, 1, 1000.0)
+
+
 def test_shift_moves_towards_noise():
     u = t64(0.0, 0.5, 1.0)
     assert shifted(u, 3.0).tolist() == [0.0, 0.75, 1.0]

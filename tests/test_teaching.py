@@ -53,6 +53,20 @@ def test_converted_text_tower_gives_the_same_embedding():
         torch.testing.assert_close(pooled, model.encode_text(ids), atol=1e-5, rtol=0)
 
 
+def test_text_tower_has_the_states_of_the_converted_model_and_can_be_locked():
+    torch.manual_seed(0)
+    model = small_clip()
+    ids = torch.randint(0, 40, (4, 16))
+    with torch.no_grad():
+        states = clip_text_model(model, bos=48, eos=49)(ids)[0]
+        torch.testing.assert_close(clip.TextTower(model)(ids), states, atol=1e-5, rtol=0)
+    towers = clip.Towers(model)
+    towers.lock_text()
+    assert "clip.text_projection" in towers.trainable_names
+    assert "clip.visual.conv1.weight" in towers.trainable_names
+    assert not any("clip.transformer" in n or "embedding.w" in n for n in towers.trainable_names)
+
+
 def test_contrastive_loss_is_low_only_for_matching_pairs():
     method = clip.Contrastive(clip.Config())
 

@@ -35,6 +35,35 @@ class Towers(nn.Module):
             text = self.clip.encode_text(ids)
         return F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
 
+    def lock_text(self) -> None:
+        """From now on the text tower stays; its projection and the image tower go on learning.
+
+        Locked-tower tuning (Zhai et al., arXiv 2111.07991), with the other tower locked.
+        """
+        kept = {id(p) for p in TextTower(self.clip).parameters()}
+        self.trainable_names = {n for n, p in self.named_parameters() if id(p) not in kept}
+
+
+class TextTower(nn.Module):
+    """The hidden states of open_clip's text tower: ids int64 [B, L] -> [B, L, d].
+
+    The weights are the CLIP's own: what trains one trains the other.
+    """
+
+    mask: torch.Tensor
+
+    def __init__(self, clip: nn.Module):
+        super().__init__()
+        self.token_embedding = clip.token_embedding
+        self.positional_embedding = clip.positional_embedding
+        self.transformer = clip.transformer
+        self.ln_final = clip.ln_final
+        self.register_buffer("mask", clip.attn_mask, persistent=False)
+
+    def forward(self, ids):
+        x = self.token_embedding(ids) + self.positional_embedding
+        return self.ln_final(self.transformer(x, attn_mask=self.mask))
+
 
 class Contrastive(Method):
     """Batch: x in [-1, 1], extra["ids"] and extra["hard_ids"] int64 [B, L]."""

@@ -6,9 +6,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor, nn
 
 from diffdistill.method import Batch, Method, MethodConfig, Update
 from diffdistill.parts.score import dsm, uniform_times
+
+
+class PromptNet(nn.Module):
+    """A text-conditional UNet called with token ids: net(z, t, text), ids int64 [B, L]."""
+
+    def __init__(self, unet: nn.Module, tower: nn.Module):
+        super().__init__()
+        self.unet, self.tower = unet, tower
+
+    def forward(self, z: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        return self.unet(z, t.float(), encoder_hidden_states=self.tower(text)).sample
 
 
 @dataclass

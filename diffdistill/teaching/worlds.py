@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,8 +19,9 @@ from diffdistill import runtime
 from diffdistill.checkpoint import sha256
 from diffdistill.data import fashion, shapes
 from diffdistill.data.stream import Shuffled, TensorStream
-from diffdistill.denoiser import Runtime
+from diffdistill.denoiser import Denoiser, Runtime
 from diffdistill.method import Batch
+from diffdistill.schedules import DDPM
 from diffdistill.teaching import autoencoder, classifier, clip, diffusion
 from diffdistill.teaching.convert import clip_text_model
 from diffdistill.teaching.tokenizer import word_tokenizer
@@ -29,46 +31,50 @@ Train = Callable[..., nn.Module]
 
 
 def shapes_sd(settings: Settings, folder: Path, accelerator: Accelerator, train: Train) -> Path:
-    """The judge `shapes-clip` and the teacher `shapes-sd`: CLIP, autoencoder, UNet."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    """The judge `shapes-clip` and the teacher `shapes-sd`, which share the text tower.
 
-    from diffdistill.teachers import sd
+    CLIP; autoencoder; UNet and text tower together, because contrastive training alone hardly
+    teaches a text tower relations and bindings; then CLIP again with the text tower locked.
+    """
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     scenes = [shapes.scene(i) for i in range(settings["scenes"])]
     images = torch.cat([shapes.render(scenes[i : i + 2000]) for i in range(0, len(scenes), 2000)])
-    judge, tokenizer = _clip(settings, scenes, images, folder, accelerator, train)
-    text = clip_text_model(judge, bos=tokenizer.bos_token_id, eos=tokenizer.eos_token_id)
+    judge = _Judge(settings["clip"], scenes, images, folder)
+    judge.train("clip", settings["contrastive"], accelerator, train)
     vae = _autoencoder(settings, images, folder, accelerator, train)
 
     torch.manual_seed(0)
-    unet = _unet(settings["unet"])
+    unet, tokenizer = _unet(settings["unet"]), judge.tokenizer
     scheduler = DDIMScheduler(
         num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
         clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading",
     )  # fmt: skip
-    pipe = StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    denoiser = Denoiser(
+        diffusion.PromptNet(unet, clip.TextTower(judge.model)),
+        DDPM(scheduler.alphas_cumprod), "eps", shape=(4, 8, 8), null_cond={"text": judge.ids([""])},
     )  # fmt: skip
-    latents = sd.encode_images(pipe, images)
-    captions = sorted({s.caption for s in scenes})
-    number = {c: i for i, c in enumerate(captions)}
-    index = torch.tensor([number[s.caption] for s in scenes])
-    table = sd.encode_prompts(pipe, captions)
-    denoiser = sd.sd_denoiser(
-        unet, scheduler.alphas_cumprod, "epsilon", sd.encode_prompts(pipe, [""])
-    )
+    latents, ids = autoencoder.encode(vae, images), judge.ids([s.caption for s in scenes])
+    pick = _repeated(len(scenes), settings["task_weights"])
     stream = TensorStream(
-        len(latents), denoiser.shape, {"text": lambda i: table[index[i]]}, x=latents,
+        len(pick), denoiser.shape, {"text": lambda i: ids[pick[i]]}, x=latents[pick],
         device=accelerator.device,
     )  # fmt: skip
     _fast(denoiser, stream.batch(0, 0, range(settings["diffusion"]["batch_size"]), 64))
     limit = settings["min_snr"]
     method = diffusion.Diffusion(diffusion.Config(max_weight=limit), denoiser)
     train("diffusion", method, denoiser, stream, settings["diffusion"], folder, accelerator)
+    judge.towers.lock_text()
+    judge.train("alignment", settings["alignment"], accelerator, train)
+    judge.save(settings)
+
     out = folder / "teachers" / "shapes-sd"
-    unet.half()
-    vae.half()
+    text = clip_text_model(judge.model, bos=tokenizer.bos_token_id, eos=tokenizer.eos_token_id)
+    pipe = StableDiffusionPipeline(
+        vae=vae.half(), text_encoder=text, tokenizer=tokenizer, unet=unet.half(),
+        scheduler=scheduler, safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
     pipe.save_pretrained(out)
     _card(
         out,
@@ -81,6 +87,11 @@ def shapes_sd(settings: Settings, folder: Path, accelerator: Accelerator, train:
         "of the small CLIP, AutoencoderKL with 4x downsampling, UNet2DConditionModel, eps.",
     )  # fmt: skip
     return out
+
+
+def _repeated(scenes: int, weights: list[int]) -> Tensor:
+    """Indices of all scenes, those of task k (index % 6 = k) weights[k] times: int64."""
+    return torch.tensor([i for i in range(scenes) for _ in range(weights[i % len(weights)])])
 
 
 def _unet(settings: Settings) -> nn.Module:
@@ -127,77 +138,81 @@ def _autoencoder(
     return vae
 
 
-def _clip(
-    settings: Settings,
-    scenes: list[shapes.Scene],
-    images: Tensor,
-    folder: Path,
-    accelerator: Accelerator,
-    train: Train,
-) -> tuple[nn.Module, Any]:
-    from open_clip.model import CLIP
+class _Judge:
+    """The small CLIP: its network, tokenizer, training data and test."""
 
-    out = folder / "judges" / "shapes-clip"
-    tokenizer = word_tokenizer(shapes.vocabulary(), out / "tokenizer", max_length=16)
-    tower = settings["clip"]
-    model_cfg = {
-        "embed_dim": tower["width"],
-        "vision_cfg": {
-            "layers": tower["layers"], "width": tower["width"], "head_width": 32,
-            "patch_size": 4, "image_size": 32,
-        },
-        "text_cfg": {
-            "context_length": 16, "vocab_size": len(tokenizer), "width": tower["width"],
-            "heads": tower["width"] // 32, "layers": tower["layers"],
-        },
-    }  # fmt: skip
-    torch.manual_seed(0)
-    model = CLIP(**model_cfg)
-    towers = clip.Towers(model)
-    towers.runtime = Runtime("bf16" if _bf16_is_native() else "fp32", False, "math")
+    def __init__(self, tower: Settings, scenes: list[shapes.Scene], images: Tensor, folder: Path):
+        from open_clip.model import CLIP
 
-    def ids(texts: list[str]) -> Tensor:
-        return tokenizer(
+        self.folder, self.scenes, self.images = folder, scenes, images
+        self.out = folder / "judges" / "shapes-clip"
+        self.tokenizer = word_tokenizer(shapes.vocabulary(), self.out / "tokenizer", max_length=16)
+        self.config = {
+            "embed_dim": tower["width"],
+            "vision_cfg": {
+                "layers": tower["layers"], "width": tower["width"], "head_width": 32,
+                "patch_size": 4, "image_size": 32,
+            },
+            "text_cfg": {
+                "context_length": 16, "vocab_size": len(self.tokenizer), "width": tower["width"],
+                "heads": tower["width"] // 32, "layers": tower["layers"],
+            },
+        }  # fmt: skip
+        torch.manual_seed(0)
+        self.model = CLIP(**self.config)
+        self.towers = clip.Towers(self.model)
+        self.towers.runtime = Runtime("bf16" if _bf16_is_native() else "fp32", False, "math")
+        self.own = self.ids([s.caption for s in scenes])
+        self.pick = _repeated(len(scenes), tower["task_weights"])
+        self.order = Shuffled(len(self.pick), 0)
+
+    def ids(self, texts: list[str]) -> Tensor:
+        """Token ids int64 [N, 16]."""
+        return self.tokenizer(
             texts, padding="max_length", truncation=True, return_tensors="pt"
         ).input_ids
 
-    own = ids([s.caption for s in scenes])
-    weights = tower["task_weights"]  # relations and bindings are learned last: show them more often
-    pick = torch.tensor([i for i in range(len(scenes)) for _ in range(weights[i % len(weights)])])
-    order = Shuffled(len(pick), 0)
+    def batch(self, step: int, draw: int, rows: range, batch_size: int) -> Batch:
+        at = self.pick[self.order.indices(step, draw, rows, batch_size)]
+        rng = np.random.default_rng([step, draw, rows.start])
+        hard = [shapes.altered_caption(self.scenes[i].record, rng) for i in at.tolist()]
+        x = self.images[at].float() / 127.5 - 1
+        return Batch(
+            len(rows), (3, 32, 32), {}, x=x,
+            extra={"ids": self.own[at], "hard_ids": self.ids(hard)},
+        )  # fmt: skip
 
-    class Captions:
-        def batch(self, step: int, draw: int, rows: range, batch_size: int) -> Batch:
-            at = pick[order.indices(step, draw, rows, batch_size)]
-            rng = np.random.default_rng([step, draw, rows.start])
-            hard = ids([shapes.altered_caption(scenes[i].record, rng) for i in at.tolist()])
-            x = images[at].float() / 127.5 - 1
-            return Batch(len(rows), (3, 32, 32), {}, x=x, extra={"ids": own[at], "hard_ids": hard})
+    @functools.cached_property
+    def exam(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Test images, their captions, and captions with one fact altered."""
+        scenes = [shapes.scene(i, "test") for i in range(1200)]
+        rng = np.random.default_rng(0)
+        altered = [shapes.altered_caption(s.record, rng) for s in scenes]
+        right = [s.caption for s in scenes]
+        return shapes.render(scenes).float() / 127.5 - 1, self.ids(right), self.ids(altered)
 
-    test = [shapes.scene(i, "test") for i in range(1200)]
-    rng = np.random.default_rng(0)
-    pixels = shapes.render(test).float() / 127.5 - 1
-    right = ids([s.caption for s in test])
-    wrong = ids([shapes.altered_caption(s.record, rng) for s in test])
-
-    def check() -> str:
+    def check(self) -> str:
+        pixels, right, altered = self.exam
         with torch.no_grad():
-            image, text = towers(pixels, right)
-            _, other = towers(pixels, wrong)
+            image, text = self.towers(pixels, right)
+            _, other = self.towers(pixels, altered)
         better = ((image * text).sum(1) > (image * other).sum(1)).float()
         tasks = ", ".join(f"{t} {better[k::6].mean():.3f}" for k, t in enumerate(shapes.TASKS))
         return f"right caption preferred to an altered one: {better.mean():.3f} ({tasks})"
 
-    method = clip.Contrastive(clip.Config())
-    train("clip", method, towers, Captions(), settings["contrastive"], folder, accelerator, check)
-    (out / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg}, indent=1))
-    state = {k: v.contiguous() for k, v in model.state_dict().items()}
-    save_file(state, out / "open_clip_model.safetensors")
-    _card(
-        out, {"kind": "judge", "name": "shapes-clip", "licence": "Apache-2.0"}, settings,
-        f"A small CLIP for the world `shapes`. On 1,200 test scenes, {check()}.",
-    )  # fmt: skip
-    return model, tokenizer
+    def train(self, stage: str, settings: Settings, accelerator: Accelerator, train: Train) -> None:
+        method = clip.Contrastive(clip.Config())
+        train(stage, method, self.towers, self, settings, self.folder, accelerator, self.check)
+
+    def save(self, settings: Settings) -> None:
+        config = json.dumps({"model_cfg": self.config}, indent=1)
+        (self.out / "open_clip_config.json").write_text(config)
+        state = {k: v.contiguous() for k, v in self.model.state_dict().items()}
+        save_file(state, self.out / "open_clip_model.safetensors")
+        _card(
+            self.out, {"kind": "judge", "name": "shapes-clip", "licence": "Apache-2.0"}, settings,
+            f"A small CLIP for the world `shapes`. On 1,200 test scenes, {self.check()}.",
+        )  # fmt: skip
 
 
 def fashion_edm(settings: Settings, folder: Path, accelerator: Accelerator, train: Train) -> Path:
@@ -223,7 +238,8 @@ def fashion_edm(settings: Settings, folder: Path, accelerator: Accelerator, trai
         len(x), (1, 28, 28), {"label": lambda i: labels[i]}, x=x, device=accelerator.device
     )
     _fast(denoiser, stream.batch(0, 0, range(settings["diffusion"]["batch_size"]), 64))
-    method = diffusion.Diffusion(diffusion.Config(times="lognormal"), denoiser)
+    config = diffusion.Config(times="lognormal", **settings["noise"])
+    method = diffusion.Diffusion(config, denoiser)
     train("diffusion", method, denoiser, stream, settings["diffusion"], folder, accelerator)
     out = folder / "teachers" / "fashion-edm"
     unet.half()
