@@ -68,11 +68,20 @@ def _parser() -> argparse.ArgumentParser:
     arg("--metrics", help=f"default: all that the protocol has; some of {','.join(METRICS)}")
     arg("--num", type=int, help="samples; default: as the protocol says")
     arg("--protocol", help="shapes-v1, fashion-v1; default: the pipeline's own")
-    arg("--out", metavar="DIR", help="write NAME.json there instead of printing it")
+    arg("--out", metavar="DIR", help="write NAME.json and samples there; resumable")
 
     arg = add("report", report, "one HTML page about one or more runs", "runs/quickstart")
     arg("runs", nargs="+", metavar="RUN")
     arg("--out", metavar="DIR", help="default: RUN/report of the first run")
+
+    text = "many methods at one budget of network passes, one table; the same command continues"
+    arg = add("league", league, text, "shapes-sd --dry-run")
+    arg("config", help="a name in configs/league, or a yaml file")
+    arg("--only", action="append", default=[], metavar="NAME", help="this entry; may be repeated")
+    arg("--rows", action="store_true", help="print the table as it stands, run nothing")
+    arg("--dry-run", action="store_true", help="print steps and passes of each entry, run nothing")
+    arg("--out", metavar="DIR", help="of rows and plots; default: assets/league of a checkout")
+    arg("--runs", metavar="DIR", help="of the run folders; default: runs/league-CONFIG")
     return parser
 
 
@@ -163,14 +172,32 @@ def evaluate(args: argparse.Namespace) -> None:
         raise ValueError(f"unknown metric {odd[0]!r}. Available: {', '.join(METRICS)}")
     from diffdistill.eval.evaluate import evaluate as measure
     from diffdistill.pipelines.loading import load_pipeline
+    from diffdistill.run import launched, set_threads
 
-    generator = load_pipeline(args.pipeline, device=_device())
-    out = Path(args.out) / f"{generator.info['name']}.json" if args.out else None
-    result = measure(generator, metrics=names, n=args.num, protocol=args.protocol, out=out)
-    print(json.dumps(result, indent=2) if out is None else out)
+    accelerator = launched()
+    if accelerator.num_processes > 1:
+        set_threads(0, accelerator)
+    generator = load_pipeline(args.pipeline, device=str(accelerator.device))
+    folder = Path(args.out) if args.out else None
+    out = folder / f"{generator.info['name']}.json" if folder else None
+    result = measure(
+        generator, metrics=names, n=args.num, protocol=args.protocol, out=out, samples=folder,
+        accelerator=accelerator,
+    )  # fmt: skip
+    if accelerator.is_main_process:
+        print(json.dumps(result, indent=2) if out is None else out)
 
 
 def report(args: argparse.Namespace) -> None:
     from diffdistill.eval.report import write_report
 
     print(write_report(args.runs, args.out))
+
+
+def league(args: argparse.Namespace) -> int:
+    from diffdistill.league import league as run
+
+    out, runs = (Path(given) if given else None for given in (args.out, args.runs))
+    return run(
+        args.config, only=args.only, rows=args.rows, dry_run=args.dry_run, out=out, runs=runs
+    )

@@ -64,7 +64,7 @@ def execute(
             )
         print(f"{folder} is finished; remove it or set run.name to train again")
         return Result(folder, folder / "student", True, _last_evaluation(folder))
-    accelerator = Accelerator()
+    accelerator = launched()
     set_threads(cfg.threads, accelerator)
     main = accelerator.is_main_process
     cls = get_method(cfg.method_name)
@@ -405,6 +405,12 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def launched() -> Accelerator:
+    """The processes of this launch; without cpu=True those of a machine without a GPU are strangers
+    to each other under torchrun."""
+    return Accelerator(cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available())
 
 
 def set_threads(threads: int, accelerator: Accelerator) -> None:

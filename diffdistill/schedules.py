@@ -157,9 +157,7 @@ def karras(steps: int, t_min: float = 0.002, t_max: float = 80.0, rho: float = 7
     return (t_max ** (1 / rho) + ramp * (t_min ** (1 / rho) - t_max ** (1 / rho))) ** rho
 
 
-def student_times(
-    schedule: Schedule, steps: int, first: float | None = None
-) -> tuple[float, ...]:
+def student_times(schedule: Schedule, steps: int, first: float | None = None) -> tuple[float, ...]:
     """The times at which a K-step student is called: the grid from its noisy end, every T/K.
 
     DDPM with T = 1000 gives 999, 749, 499, 249 for four steps (DMD2); EDM the same indices of

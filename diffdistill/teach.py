@@ -24,7 +24,7 @@ from diffdistill.engine import Engine, Every, OptimConfig, Stream, TrainConfig
 from diffdistill.errors import guarded
 from diffdistill.method import Method
 from diffdistill.registry import unknown
-from diffdistill.run import set_threads, writable
+from diffdistill.run import launched, set_threads, writable
 from diffdistill.teaching import worlds
 from diffdistill.tracking import Tracker
 
@@ -83,7 +83,7 @@ def teach(arguments: dict[str, str]) -> None:
         OmegaConf.update(recipe, key, OmegaConf.create(f"v: {value}").v)
     settings = OmegaConf.to_container(recipe)
     folder = writable(Path(out or f"runs/teach-{name}"))
-    accelerator = Accelerator()
+    accelerator = launched()
     set_threads(0, accelerator)
     (folder / "recipe.json").write_text(json.dumps(settings, indent=1))
     made = getattr(worlds, name.replace("-", "_"))(settings, folder, accelerator, train_stage)

@@ -1,18 +1,25 @@
-"""Judge one pipeline under a protocol: sample once, extract features once, measure everything."""
+"""Judge one pipeline under a protocol: sample once, extract features once, measure everything.
+
+Samples are made, kept and looked at in chunks of fixed indices. Under `accelerate launch` or
+`torchrun` the chunks are dealt out to the processes: nothing is padded, dropped or doubled, and a
+network sees the same batches however many processes there are.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffdistill.data import shapes
@@ -20,6 +27,9 @@ from diffdistill.eval import fid, geneval, kid, prdc, protocols, shapes_detector
 from diffdistill.eval.clip import clip_score
 from diffdistill.eval.records import Record
 from diffdistill.tracking import save_grid
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 GROUPS = {  # what --metrics names, and the numbers it stands for
     "fid": ("fd",),
@@ -29,8 +39,8 @@ GROUPS = {  # what --metrics names, and the numbers it stands for
     "geneval": ("geneval",),
     "accuracy": ("accuracy",),
 }
-SHOWN = 60  # verdicts with pictures
-_CHUNK = 500  # samples between two movements of the progress bar
+CHUNK = 256  # samples that one process makes at a time, and that one file holds
+SHOWN = 60  # verdicts with pictures; all in the first chunk
 
 
 def evaluate(
@@ -42,8 +52,10 @@ def evaluate(
     steps: int | None = None,
     guidance: float | None = None,
     out: Path | None = None,
+    samples: Path | None = None,
+    accelerator: Accelerator | None = None,
 ) -> dict[str, Any]:
-    """The numbers of one pipeline.
+    """The numbers of one pipeline; the same ones on any number of processes.
 
     Args:
         generator: what `pipelines.loading.load_pipeline` returns.
@@ -51,6 +63,9 @@ def evaluate(
         metrics: names of `GROUPS`; default: all that the protocol has.
         n: samples; another count than the protocol's makes another, incomparable protocol.
         out: file for the JSON; pictures of the first verdicts go beside it as PNG.
+        samples: folder that keeps the samples, so that an interrupted evaluation continues; each
+            pipeline, with its weights and settings, has its own folder in it.
+        accelerator: of a launch with several processes; every one of them returns the result.
     """
     name = protocol or generator.info.get("protocol")
     if name is None:
@@ -67,13 +82,22 @@ def evaluate(
             f"the reference of {name} was made with {reference.feature_net}, not {net.name}. "
             "Remake it: python -m diffdistill.eval.protocols"
         )
-    conditions = rules.conditions(n)
-    started = time.perf_counter()
-    images = _sample(generator, conditions, steps, guidance)
-    seconds = time.perf_counter() - started
-    values, nets, extra = _measure(net, reference, wanted, conditions, images)
+    conditions, info = rules.conditions(n), generator.info
+    if samples is not None:
+        asked = [name, conditions, steps, guidance, {**info, "metrics": None}]
+        samples = samples / f"{info['name']}-{_digest(generator.pipe, asked)}"
 
-    info = generator.info
+    def draw(rows: range) -> Tensor:
+        part = conditions[rows.start : rows.stop]
+        return generator.sample(part, list(rows), steps=steps, guidance=guidance)
+
+    def look(rows: range, images: Tensor) -> dict[str, np.ndarray]:
+        return _look(net, wanted, rows, conditions[rows.start : rows.stop], images)
+
+    seen = _walk(n, draw, look, samples, accelerator)
+    if accelerator is not None and not accelerator.is_main_process:
+        return _from_main({}, accelerator)
+    values, extra = _measure(seen, reference, wanted)
     k = steps or info["steps"]
     shared = {
         "protocol": name if n == rules.n else f"{name}/n={n}",
@@ -88,6 +112,9 @@ def evaluate(
     }
     stored = len(reference.features)
     counts = {"fd": reference.m, "kd": stored} | dict.fromkeys(GROUPS["prdc"], min(stored, n))
+    nets = dict.fromkeys(wanted, net.name) | {
+        "geneval": f"shapes-detector:{shapes_detector.THRESHOLD}"
+    }
     records = []
     for metric in wanted:
         m = counts.get(metric, 0)
@@ -100,15 +127,16 @@ def evaluate(
         "pipeline": info.get("name", ""),
         "protocol": shared["protocol"],
         "steps": k,
-        "seconds": round(seconds, 2),
-        "images_per_s": round(n / seconds, 2),
+        "seconds": round(seen.seconds, 2),
+        "images_per_s": round(seen.made / seen.seconds, 2),
         "floor_fd": reference.floor,
         "records": records,
         **extra,
     }
+    result = _plain(result)
     if out is not None:
-        _write(out, result, images)
-    return result
+        _write(out, result, seen.first)
+    return _from_main(result, accelerator)
 
 
 def _wanted(rules: protocols.Protocol, metrics: list[str] | None) -> list[str]:
@@ -124,22 +152,120 @@ def _wanted(rules: protocols.Protocol, metrics: list[str] | None) -> list[str]:
     return wanted
 
 
-def _sample(generator: Any, conditions: list, steps: int | None, guidance: float | None) -> Tensor:
-    starts = tqdm(range(0, len(conditions), _CHUNK), desc="sample", disable=None)
-    parts = []
-    for i in starts:
-        part = conditions[i : i + _CHUNK]
-        seeds = list(range(i, i + len(part)))
-        parts.append(generator.sample(part, seeds, steps=steps, guidance=guidance))
-    return torch.cat(parts)
+# ---- samples ----------------------------------------------------------------------------
+
+
+@dataclass
+class _Seen:
+    """What is known of the samples: one row each, in index order, and the first pictures."""
+
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)  # name -> float64 [n, ...]
+    first: Tensor = field(default_factory=lambda: torch.empty(0))
+    made: int = 0  # samples that were not read from disk
+    seconds: float = 0.0  # of making or reading them, in the slowest process
+
+
+def _walk(
+    n: int,
+    draw: Callable[[range], Tensor],
+    look: Callable[[range, Tensor], dict[str, np.ndarray]],
+    folder: Path | None,
+    accelerator: Accelerator | None,
+) -> _Seen:
+    """Make and look at this process's chunks, then join those of all processes."""
+    alone = accelerator is None
+    world, rank = (1, 0) if alone else (accelerator.num_processes, accelerator.process_index)
+    seen = _Seen()
+    starts = range(rank * CHUNK, n, world * CHUNK)
+    for start in tqdm(starts, desc="sample", disable=True if rank else None):
+        rows = range(start, min(start + CHUNK, n))
+        began = time.perf_counter()
+        file = None if folder is None else folder / f"{start:06d}.npy"
+        if file is not None and file.is_file():
+            images = torch.from_numpy(np.load(file, allow_pickle=False))
+        else:
+            images = draw(rows)
+            seen.made += len(rows)
+            if file is not None:
+                _keep(file, images)
+        seen.seconds += time.perf_counter() - began
+        for name, part in look(rows, images).items():
+            whole = seen.arrays.setdefault(name, np.zeros((n, *part.shape[1:])))
+            whole[rows.start : rows.stop] = part
+        if start == 0:
+            seen.first = images
+    return seen if alone else _joined(seen, accelerator)
+
+
+def _joined(seen: _Seen, accelerator: Accelerator) -> _Seen:
+    """A row is zero in all processes but one, so sums are exact and in index order."""
+    from accelerate.utils import broadcast_object_list
+
+    seen.arrays["cost"] = np.zeros((accelerator.num_processes, 2))
+    seen.arrays["cost"][accelerator.process_index] = seen.made, seen.seconds
+    shapes_of = broadcast_object_list([{k: v.shape for k, v in seen.arrays.items()}])[0]
+    for name, shape in shapes_of.items():  # a process without a chunk knows them from the first
+        mine = torch.from_numpy(seen.arrays.get(name, np.zeros(shape))).to(accelerator.device)
+        seen.arrays[name] = accelerator.reduce(mine, "sum").cpu().numpy()
+    made, seconds = seen.arrays.pop("cost").T
+    return _Seen(seen.arrays, seen.first, int(made.sum()), float(seconds.max()))
+
+
+def _from_main(result: dict[str, Any], accelerator: Accelerator | None) -> dict[str, Any]:
+    """The main process's result, on every process."""
+    if accelerator is None:
+        return result
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([result])[0]
+
+
+def _keep(file: Path, images: Tensor) -> None:
+    """Written aside, synced, renamed: what has the name is whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_suffix(f".{os.getpid()}.partial")
+    with open(aside, "wb") as stream:
+        np.save(stream, images.numpy())
+        stream.flush()
+        os.fsync(stream.fileno())
+    aside.rename(file)
+
+
+def _digest(pipe: Any, asked: Any) -> str:
+    """Hash of all that a sample depends on: weights, dtype and settings."""
+    digest = hashlib.blake2b(json.dumps([asked, str(pipe.dtype)]).encode(), digest_size=4)
+    for part in getattr(pipe, "components", {}).values():
+        if isinstance(part, nn.Module):
+            for tensor in part.state_dict().values():
+                digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# ---- metrics ----------------------------------------------------------------------------
+
+
+def _look(
+    net: Any, wanted: list[str], rows: range, conditions: list, images: Tensor
+) -> dict[str, np.ndarray]:
+    """All that the metrics need to know of some samples: name -> float64 [B, ...]."""
+    found = {}
+    if {"fd", "kd", "clip", *GROUPS["prdc"]} & set(wanted):
+        found["features"] = net.features(images)
+    if "clip" in wanted:
+        found["text"] = net.text(conditions)
+    if "accuracy" in wanted:
+        found["right"] = (net.predict(images) == torch.tensor(conditions)).double().numpy()
+    if "geneval" in wanted:
+        found["correct"] = np.array([float(v.correct) for _, v in _verdicts(rows, images)])
+    return found
 
 
 def _measure(
-    net: Any, reference: protocols.Reference, wanted: list[str], conditions: list, images: Tensor
-) -> tuple[dict[str, float], dict[str, str], dict[str, Any]]:
-    """metric -> value, metric -> network that it rests on, and what else goes into the file."""
-    features = net.features(images)
-    real = reference.features[: len(features)]
+    seen: _Seen, reference: protocols.Reference, wanted: list[str]
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """metric -> value, and what else goes into the file."""
+    arrays = seen.arrays
+    features = arrays.get("features")
     values: dict[str, float] = {}
     extra: dict[str, Any] = {}
     if "fd" in wanted:
@@ -148,36 +274,36 @@ def _measure(
     if "kd" in wanted:
         values["kd"], extra["kd_std"] = kid.kernel_distance(reference.features, features)
     if set(wanted) & set(GROUPS["prdc"]):
-        values |= prdc.prdc(real, features)
+        values |= prdc.prdc(reference.features[: len(features)], features)
     if "clip" in wanted:
-        values["clip"] = clip_score(features, net.text(conditions))
+        values["clip"] = clip_score(features, arrays["text"])
     if "accuracy" in wanted:
-        right = net.predict(images) == torch.tensor(conditions)
-        values["accuracy"] = right.double().mean().item()
-    nets = dict.fromkeys(wanted, net.name)
+        values["accuracy"] = float(arrays["right"].mean())
     if "geneval" in wanted:
-        nets["geneval"] = f"shapes-detector:{shapes_detector.THRESHOLD}"
-        values["geneval"], more = _geneval(images)
+        values["geneval"], more = _geneval(arrays["correct"], seen.first)
         extra |= more
-    return values, nets, extra
+    return values, extra
 
 
-def _geneval(images: Tensor) -> tuple[float, dict[str, Any]]:
-    records = [shapes.scene(i, "test").record for i in range(len(images))]
+def _verdicts(rows: range, images: Tensor) -> list[tuple[dict[str, Any], geneval.Verdict]]:
+    """(record of the scene, verdict) of pictures of test scenes."""
     limit = shapes_detector.THRESHOLD
-    verdicts = [
-        geneval.verdict(record, found, threshold=limit, counting_threshold=limit)
+    records = [shapes.scene(i, "test").record for i in rows]
+    return [
+        (record, geneval.verdict(record, found, threshold=limit, counting_threshold=limit))
         for record, found in zip(records, shapes_detector.detect(images), strict=True)
     ]
-    tasks = geneval.task_scores(
-        (r["tag"], v.correct) for r, v in zip(records, verdicts, strict=True)
-    )
+
+
+def _geneval(correct: np.ndarray, first: Tensor) -> tuple[float, dict[str, Any]]:
+    tags = [shapes.scene(i, "test").record["tag"] for i in range(len(correct))]
+    tasks = geneval.task_scores(zip(tags, correct.astype(bool).tolist(), strict=True))
     shown = [
         {
             "index": i, "prompt": r["prompt"], "tag": r["tag"], "correct": v.correct,
             "reason": v.reason,
         }
-        for i, (r, v) in enumerate(zip(records[:SHOWN], verdicts, strict=False))
+        for i, (r, v) in enumerate(_verdicts(range(len(first[:SHOWN])), first[:SHOWN]))
     ]  # fmt: skip
     return geneval.overall(tasks), {"tasks": tasks, "verdicts": shown}
 
@@ -188,7 +314,7 @@ def _write(out: Path, result: dict[str, Any], images: Tensor) -> None:
     if "verdicts" in result:
         save_grid(images[: len(result["verdicts"])], 10, out.with_suffix(".png"))
     aside = out.with_suffix(f".{os.getpid()}.partial")
-    aside.write_text(json.dumps(_plain(result), indent=1) + "\n")
+    aside.write_text(json.dumps(result, indent=1) + "\n")
     aside.rename(out)
 
 

@@ -2,15 +2,19 @@
 
 A record has tag, prompt, include and, for counting, exclude. Every clause of include names a class
 and a count, and optionally a color or a position [relation, index of an earlier clause]. Any
-detector will do that turns images into lists of `Detection`; the colour is the detector's.
+detector will do that turns images into lists of `Detection`; colours are its own, or those of a
+classifier that looks at the objects that are asked for.
 
 Score of a task: share of correct images. Overall: unweighted mean over the tasks.
+
+The prompts are in `geneval_prompts`, the detectors in `detectors`, the colour classifier in
+`colours`, folders of images in `geneval_folder`.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -32,9 +36,32 @@ class Detection:
     mask: Tensor | None = None  # bool [H, W]
 
 
+Classify = Callable[[Sequence[Detection]], Sequence[str | None]]  # colours of objects of one class
+
+
 class Detector(Protocol):
-    def detect(self, images: Tensor) -> list[list[Detection]]:
-        """Objects of every image; images are uint8 [N, 3, H, W]."""
+    """What finds objects. `name` and `digest` make the key of a result."""
+
+    @property
+    def name(self) -> str: ...  # back end, with the thresholds where they are not its own
+
+    @property
+    def digest(self) -> str: ...  # hash of its weights
+
+    @property
+    def classes(self) -> Sequence[str]: ...  # everything that it can find
+
+    @property
+    def colours(self) -> Sequence[str]: ...  # those that it names itself; usually none
+
+    @property
+    def threshold(self) -> float: ...
+
+    @property
+    def counting_threshold(self) -> float: ...
+
+    def detect(self, images: Tensor, classes: Sequence[str] | None = None) -> list[list[Detection]]:
+        """Objects of every image, uint8 [N, 3, H, W]. Others than `classes` may be left out."""
         ...
 
 
@@ -79,14 +106,20 @@ def verdict(
     counting_threshold: float = 0.9,
     top: int = 16,
     max_overlap: float = 1.0,
+    classify: Classify | None = None,
 ) -> Verdict:
-    """Judge one image; the defaults are those of the reference detector, Mask2Former."""
+    """Judge one image; the defaults are those of the reference detector, Mask2Former.
+
+    Args:
+        classify: names the colours of the objects of a clause that asks for one; default: the
+            colours of the detections.
+    """
     limit = counting_threshold if record["tag"] == "counting" else threshold
     found = select(detections, threshold=limit, top=top, max_overlap=max_overlap)
     reasons: list[str] = []
     matched: list[list[Detection] | None] = []
     for clause in record["include"]:
-        objects, reason = _match(clause, found, matched)
+        objects, reason = _match(clause, found, matched, classify)
         matched.append(objects)
         reasons += [reason] if reason else []
     for clause in record.get("exclude", ()):
@@ -97,7 +130,10 @@ def verdict(
 
 
 def _match(
-    clause: Mapping, found: Mapping[str, list[Detection]], matched: Sequence[list[Detection] | None]
+    clause: Mapping,
+    found: Mapping[str, list[Detection]],
+    matched: Sequence[list[Detection] | None],
+    classify: Classify | None,
 ) -> tuple[list[Detection] | None, str]:
     """The objects that fulfil a clause, or None; and what is wrong."""
     cls, count = clause["class"], clause["count"]
@@ -105,7 +141,7 @@ def _match(
     if len(objects) < count:
         return None, f"{cls}: {len(objects)} found, {count} asked"
     if "color" in clause:
-        colours = [d.colour for d in objects]
+        colours = list(classify(objects) if classify else (d.colour for d in objects))
         if colours.count(clause["color"]) < count:
             seen = ", ".join(c or "no known colour" for c in colours)
             return None, f"{cls}: {clause['color']} asked, found {seen}"
@@ -113,11 +149,11 @@ def _match(
         relation, index = clause["position"]
         targets = matched[index]
         if targets is None:
-            return objects, f"{cls}: nothing to be {relation}"
+            return None, f"{cls}: nothing to be {relation}"
         for held in (relations(d.box, t.box) for d in objects for t in targets):
             if relation not in held:
                 seen = " and ".join(sorted(held)) or "in no relation to"
-                return objects, f"{cls}: {relation} {targets[0].cls} asked, is {seen} it"
+                return None, f"{cls}: {relation} {targets[0].cls} asked, is {seen} it"
     return objects, ""
 
 

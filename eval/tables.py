@@ -1,6 +1,9 @@
-"""The README's tables, made from assets/reference (teachers) and assets/results (students).
+"""The README's tables, made from stored results.
 
-    python -m diffdistill.eval.tables          # rewrites the block between the README's markers
+    python -m diffdistill.eval.tables          # rewrites the blocks between the README's markers
+
+`results`: assets/reference (teachers) and assets/results (students of the recipes).
+`league`: assets/league (methods against each other at one budget).
 """
 
 from __future__ import annotations
@@ -9,16 +12,25 @@ import json
 from pathlib import Path
 
 from diffdistill import assets
+from diffdistill.eval import standings
 from diffdistill.eval.protocols import PROTOCOLS, teacher_rows
 
-START, END = "<!-- results -->", "<!-- /results -->"
-NAMES = {"fd": "FD", "recall": "recall", "coverage": "coverage", "clip": "CLIP score"}
-NAMES |= {"geneval": "GenEval", "accuracy": "class accuracy"}
+SHOWN = ("fd", "recall", "coverage", "clip", "geneval", "accuracy")
 
 
-def markdown() -> str:
+def results() -> str:
     """One table per protocol: teacher rows, then students, best evidence of each."""
     return "\n\n".join(_table(name) for name in PROTOCOLS if teacher_rows(name))
+
+
+def league() -> str:
+    """The tables of assets/league."""
+    files = sorted(assets.path("league").glob("*.json"))
+    tables = [standings.markdown(json.loads(file.read_text())) for file in files]
+    return "\n\n".join(tables) or "No league has been run yet."
+
+
+BLOCKS = {"results": results, "league": league}
 
 
 def _table(protocol: str) -> str:
@@ -27,32 +39,33 @@ def _table(protocol: str) -> str:
         result = json.loads(file.read_text())
         if result["protocol"] == protocol:
             rows.append((f"`recipe={file.stem}`", result))
-    shown = [m for m in NAMES if m in PROTOCOLS[protocol].metrics]
+    shown = [m for m in SHOWN if m in PROTOCOLS[protocol].metrics]
     first = rows[0][1]["records"][0]
     lines = [
         f"Protocol `{protocol}`, n = {first['n']}, features `{first['feature_net']}`, floor FD "
         f"{rows[0][1]['floor_fd']:.2f}:",
         "",
-        "| pipeline | steps | passes | " + " | ".join(NAMES[m] for m in shown) + " |",
+        "| pipeline | steps | passes | " + " | ".join(standings.NAMES[m] for m in shown) + " |",
         "|---|---|---|" + "---|" * len(shown),
     ]
     for name, row in rows:
         values = {r["metric"]: r for r in row["records"]}
-        cells = [_number(values[m]["value"]) for m in shown]
+        cells = [standings.number(values[m]["value"]) for m in shown]
         nfe = next(iter(values.values()))["nfe"]
         lines.append(f"| {name} | {row['steps']} | {nfe} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _number(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 1 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
-
-
 def updated(readme: str) -> str:
     """The README's text with fresh tables."""
-    before, _, rest = readme.partition(START)
-    _, _, after = rest.partition(END)
-    return f"{before}{START}\n{markdown()}\n{END}{after}"
+    for block, make in BLOCKS.items():
+        start, end = f"<!-- {block} -->", f"<!-- /{block} -->"
+        before, opened, rest = readme.partition(start)
+        _, closed, after = rest.partition(end)
+        if not (opened and closed):
+            raise ValueError(f"the README has no block {start} ... {end}. Put the two lines back")
+        readme = f"{before}{start}\n{make()}\n{end}{after}"
+    return readme
 
 
 def main(path: Path | None = None) -> None:

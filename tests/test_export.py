@@ -175,7 +175,8 @@ def test_load_student_needs_no_arguments_and_refuses_other_steps(teacher, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "sampler", [Sampler((999.0, 499.0), "ode"), Sampler((999.0, 665.0, 332.0)), Sampler((700.0, 100.0))]
+    "sampler",
+    [Sampler((999.0, 499.0), "ode"), Sampler((999.0, 665.0, 332.0)), Sampler((700.0, 100.0))],
 )
 def test_samplers_that_no_stock_scheduler_takes_use_our_own(teacher, tmp_path, sampler):
     unet = student_unet(teacher)

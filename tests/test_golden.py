@@ -1,6 +1,6 @@
 """The first losses of every shipped recipe, in float32 on one thread, in miniature.
 
-A change that should not alter numbers leaves tests/golden/*.json alone. A change that should says why
+A change that should not alter numbers leaves tests/golden/*.json alone. One that should says why
 and remakes them: DIFFDISTILL_GOLDEN=write pytest tests/test_golden.py
 """
 

@@ -1,0 +1,200 @@
+"""Rows of a league: what can be compared, the table of it, and the plot of quality against cost.
+
+A row is one trained student (or the teacher at some number of steps). It holds `metrics` (name ->
+value), the fields that all records of its evaluation share, the others in `details` by metric, and
+what the student cost.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffdistill.eval.records import comparable
+
+Row = Mapping[str, Any]
+
+TEACHER = "teacher"  # method of the teacher's own rows
+NAMES = {
+    "fd": "FD", "kd": "KD", "recall": "recall", "coverage": "coverage", "clip": "CLIP score",
+    "geneval": "GenEval", "accuracy": "class accuracy",
+}  # fmt: skip
+SAME = ("teacher_weights", "budget")  # of all students in a table
+LEFT_OUT = ("precision", "density")  # of the tables, not of the files
+
+
+# ---- rows -------------------------------------------------------------------------------
+
+
+def packed(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The records of one evaluation as the fields of a row."""
+    names = [k for k in records[0] if k not in ("metric", "value")]
+    shared = {k: records[0][k] for k in names if all(r[k] == records[0][k] for r in records)}
+    details = {r["metric"]: {k: r[k] for k in names if k not in shared} for r in records}
+    return shared | {"metrics": {r["metric"]: r["value"] for r in records}, "details": details}
+
+
+def record(row: Row, metric: str) -> dict[str, Any]:
+    """The record of one metric of a row."""
+    return {**row, **row["details"][metric], "metric": metric, "value": row["metrics"][metric]}
+
+
+def alike(a: Row, b: Row) -> bool:
+    """Whether every number that both rows have is comparable."""
+    both = a["metrics"].keys() & b["metrics"].keys()
+    return bool(both) and all(comparable(record(a, m), record(b, m)) for m in both)
+
+
+def groups(rows: Iterable[Row]) -> list[list[Row]]:
+    """Students of one teacher and budget with comparable numbers, and the teacher's rows."""
+    found: list[list[Row]] = []
+    rows = list(rows)
+    for row in (r for r in rows if r["method"] != TEACHER):
+        for group in found:
+            if all(group[0][k] == row[k] for k in SAME) and alike(group[0], row):
+                group.append(row)
+                break
+        else:
+            found.append([row])
+    for group in found:
+        group += [r for r in rows if r["method"] == TEACHER and alike(group[0], r)]
+    return found
+
+
+@dataclass(frozen=True)
+class Line:
+    """One entry over its seeds."""
+
+    entry: str
+    method: str
+    rows: tuple[Row, ...]
+
+    def of(self, metric: str) -> list[float]:
+        """Values of the seeds that have this metric."""
+        return [r["metrics"][metric] for r in self.rows if metric in r["metrics"]]
+
+    @property
+    def fd(self) -> float:
+        values = self.of("fd")
+        return statistics.fmean(values) if values else float("inf")
+
+    @property
+    def nfe(self) -> int:
+        return self.rows[0]["nfe"]
+
+
+def lines(group: Iterable[Row]) -> list[Line]:
+    """Entries of a group, best FD first."""
+    seeds: dict[tuple, list[Row]] = {}
+    for row in group:
+        seeds.setdefault((row["entry"], row["method"], row["steps"]), []).append(row)
+    found = [Line(entry, method, tuple(rows)) for (entry, method, _), rows in seeds.items()]
+    return sorted(found, key=lambda line: line.fd)
+
+
+# ---- table ------------------------------------------------------------------------------
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """A table per group: best FD first, seeds of an entry as mean ± standard deviation."""
+    return "\n\n".join(_table(group) for group in groups(rows))
+
+
+def _table(group: Sequence[Row]) -> str:
+    first = group[0]
+    shown = {m: NAMES.get(m, m) for row in group for m in row["metrics"] if m not in LEFT_OUT}
+    order = sorted(shown, key=lambda m: [*NAMES, m].index(m))
+    net = record(first, order[0])["feature_net"]
+    heads = ["entry", "method", "steps", "passes per image", "seeds", *(shown[m] for m in order)]
+    heads += ["images seen", "training passes", "minutes", "GiB"]
+    out = [
+        f"Teacher `{first['teacher']}` (weights `{first['teacher_weights']}`), "
+        f"{first['budget']:,} network passes of training, protocol `{first['protocol']}`, "
+        f"n = {first['n']}, features `{net}`:",
+        "",
+        f"| {' | '.join(heads)} |",
+        "|" + "---|" * len(heads),
+    ]
+    for line in lines(group):
+        row = line.rows[0]
+        cells = [TEACHER if line.method == TEACHER else f"`{line.entry}`"]
+        cells += ["" if line.method == TEACHER else f"`{line.method}`", row["steps"], row["nfe"]]
+        cells += ["" if line.method == TEACHER else len(line.rows)]
+        cells += [spread(line.of(m)) for m in order]
+        cells += ["", "", "", ""] if line.method == TEACHER else _cost(line.rows)
+        out.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(out)
+
+
+def _cost(rows: Sequence[Row]) -> list[str]:
+    mean = {k: statistics.fmean(r[k] for r in rows) for k in ("images", "passes", "seconds")}
+    peak = max(r["peak_memory_gib"] for r in rows)
+    return [
+        f"{mean['images']:,.0f}", f"{mean['passes']:,.0f}", f"{mean['seconds'] / 60:.1f}",
+        f"{peak:.2f}",
+    ]  # fmt: skip
+
+
+def spread(values: Sequence[float]) -> str:
+    """`1.23`, or `1.23 ± 0.04` (n - 1 in the standard deviation) of several."""
+    if not values:
+        return ""
+    mean = statistics.fmean(values)
+    error = f" ± {statistics.stdev(values):.{_places(mean)}f}" if len(values) > 1 else ""
+    return number(mean) + error
+
+
+def number(value: float) -> str:
+    return f"{value:.{_places(value)}f}"
+
+
+def _places(value: float) -> int:
+    return 3 if abs(value) < 1 else 2 if value < 100 else 0
+
+
+# ---- plot -------------------------------------------------------------------------------
+
+
+def plot(rows: Iterable[Row], path: Path) -> None:
+    """FD against training passes and against passes per image, of the largest group, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    group = max(groups(rows), key=len)
+    ranked = lines(group)
+    students = [line for line in ranked if line.method != TEACHER]
+    teacher = sorted((r for r in group if r["method"] == TEACHER), key=lambda r: r["nfe"])
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True)
+    marks, colours = "os^Dv<>Ph*", [f"C{i}" for i in range(10)]
+    for i, line in enumerate(students):
+        mark, colour = marks[i // 10 % 10], colours[i % 10]
+        for row in line.rows:
+            passes, fd = zip(*row["curve"], strict=True)
+            thousands = [p / 1000 for p in passes]
+            left.plot(thousands, fd, marker=mark, markersize=4, color=colour)
+        low, high = min(line.of("fd")), max(line.of("fd"))
+        right.plot([line.nfe] * 2, [low, high], color=colour)
+        right.plot(line.nfe, line.fd, mark, color=colour, label=line.entry)
+    if teacher:
+        cost, fd = zip(*((r["nfe"], r["metrics"]["fd"]) for r in teacher), strict=True)
+        right.plot(cost, fd, "k--.", label=TEACHER)
+        left.axhline(fd[-1], color="k", linestyle="--", linewidth=1)
+    left.set(xlabel="training passes, thousands", ylabel="FD", yscale="log")
+    right.set(xlabel="passes per image", xscale="log")
+    ticks = sorted({r["nfe"] for r in group})
+    right.set_xticks(ticks, map(str, ticks), minor=False)
+    right.minorticks_off()
+    title = "{teacher}, {budget:,} network passes of training, {protocol}, n = {n}"
+    figure.suptitle(title.format_map(group[0]))
+    figure.legend(loc="outside right upper", fontsize=8)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    figure.savefig(aside, format="png", dpi=90)
+    aside.replace(path)
