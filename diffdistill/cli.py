@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from diffdistill.errors import guarded
+from diffdistill.eval import metrics
 
-METRICS = ("fid", "kid", "prdc", "clip", "geneval")
 LISTS = ("methods", "teachers", "data", "recipes", "metrics")
 
 
@@ -63,12 +63,19 @@ def _parser() -> argparse.ArgumentParser:
     arg("--out", default="grid.png", metavar="PNG", help="default: grid.png")
     arg("--teacher", nargs="?", const="", help="the teacher's samples beside, same seeds")
 
-    arg = add("evaluate", evaluate, "the numbers of one pipeline", "shapes-sd --num 1000")
-    arg("pipeline", help="student or teacher: a folder, or an embedded name")
-    arg("--metrics", help=f"default: all that the protocol has; some of {','.join(METRICS)}")
+    text = "the numbers of one pipeline, or of a folder of images"
+    arg = add("evaluate", evaluate, text, "shapes-sd --num 1000")
+    arg("pipeline", help="student or teacher: a folder, or an embedded name; or a folder of PNGs")
+    arg("--metrics", help="default: those of the protocol; some of diffdistill list metrics")
     arg("--num", type=int, help="samples; default: as the protocol says")
-    arg("--protocol", help="shapes-v1, fashion-v1; default: the pipeline's own")
+    arg("--protocol", help="shapes-v1, edm-cifar10, custom-folder, ...; default: the pipeline's")
     arg("--out", metavar="DIR", help="write NAME.json and samples there; resumable")
+    arg("--reference", metavar="NPZ", help="of a folder: statistics of the real images")
+    arg("--write-reference", metavar="NPZ", help="of a folder: store its statistics instead")
+    arg("--network", metavar="NAME", help="of a folder, for custom-folder: the feature network")
+    arg("--detector", metavar="BACKEND", help="of a folder of GenEval: what finds the objects")
+    arg("--weights", action="append", default=[], metavar="NAME=PATH", help="may be repeated")
+    arg("--allow-download", action="store_true", help="of weights that are not here")
 
     arg = add("report", report, "one HTML page about one or more runs", "runs/quickstart")
     arg("runs", nargs="+", metavar="RUN")
@@ -168,24 +175,72 @@ def _device() -> str:
 
 def evaluate(args: argparse.Namespace) -> None:
     names = args.metrics.split(",") if args.metrics else None
-    if odd := [name for name in names or () if name not in METRICS]:
-        raise ValueError(f"unknown metric {odd[0]!r}. Available: {', '.join(METRICS)}")
-    from diffdistill.eval.evaluate import evaluate as measure
-    from diffdistill.pipelines.loading import load_pipeline
+    for name in names or ():
+        metrics.get(name)
     from diffdistill.run import launched, set_threads
 
     accelerator = launched()
     if accelerator.num_processes > 1:
         set_threads(0, accelerator)
+    place = Path(args.pipeline)
+    known = any((place / file).is_file() for file in ("model_index.json", "config.yaml"))
+    call = _evaluate_folder if place.is_dir() and not known else _evaluate_pipeline
+    result, out = call(args, names, Path(args.out) if args.out else None, accelerator)
+    if accelerator.is_main_process:
+        print(json.dumps(result, indent=2) if out is None else out)
+
+
+def _evaluate_pipeline(
+    args: argparse.Namespace, names: list[str] | None, folder: Path | None, accelerator: Any
+) -> tuple[dict[str, Any], Path | None]:
+    flags = ("reference", "write_reference", "network", "detector", "weights", "allow_download")
+    if odd := [flag for flag in flags if getattr(args, flag)]:
+        flag = odd[0].replace("_", "-")
+        raise ValueError(f"--{flag} is for a folder of images, not {args.pipeline}. Leave it out")
+    from diffdistill.eval.evaluate import evaluate as measure
+    from diffdistill.pipelines.loading import load_pipeline
+
     generator = load_pipeline(args.pipeline, device=str(accelerator.device))
-    folder = Path(args.out) if args.out else None
     out = folder / f"{generator.info['name']}.json" if folder else None
     result = measure(
         generator, metrics=names, n=args.num, protocol=args.protocol, out=out, samples=folder,
         accelerator=accelerator,
     )  # fmt: skip
-    if accelerator.is_main_process:
-        print(json.dumps(result, indent=2) if out is None else out)
+    return result, out
+
+
+def _evaluate_folder(
+    args: argparse.Namespace, names: list[str] | None, place: Path | None, accelerator: Any
+) -> tuple[dict[str, Any], Path | None]:
+    from diffdistill.eval import folder
+
+    out = place / f"{Path(args.pipeline).resolve().name}.json" if place else None
+    if odd := [given for given in args.weights if "=" not in given]:
+        raise ValueError(f"--weights {odd[0]}. Give NAME=PATH")
+    paths = dict(given.split("=", 1) for given in args.weights)
+    source = folder.Weights(paths, args.allow_download, accelerator.device)
+
+    def refuse(*flags: str) -> None:
+        if odd := [flag for flag in flags if getattr(args, flag) is not None]:
+            flag = odd[0].replace("_", "-")
+            raise ValueError(f"--{flag} has no meaning here. Leave it out")
+
+    if args.detector or args.protocol == "geneval":
+        refuse("reference", "write_reference", "network", "metrics", "num")
+        if args.protocol not in (None, "geneval") or accelerator.num_processes > 1:
+            raise ValueError("--detector is for protocol geneval and one process. Start it so")
+        detector = args.detector or "m2f-swin-s"
+        return folder.evaluate_geneval(args.pipeline, detector, source=source, out=out), out
+    shared = {"network": args.network, "source": source, "accelerator": accelerator}
+    if args.write_reference:
+        refuse("reference", "metrics", "num", "out")
+        file = folder.write_reference(args.pipeline, args.write_reference, args.protocol, **shared)
+        return {"reference": str(file)}, None
+    result = folder.evaluate_folder(
+        args.pipeline, args.protocol, reference=args.reference, metrics=names, n=args.num, out=out,
+        **shared,
+    )  # fmt: skip
+    return result, out
 
 
 def report(args: argparse.Namespace) -> None:

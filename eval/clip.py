@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from torch import Tensor
 from diffdistill.eval import pixels, weights
 from diffdistill.eval.networks import Extractor, exact
 from diffdistill.registry import unknown
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 PREFIX = "A photo depicts "
 
@@ -86,15 +89,21 @@ class OpenClip(Extractor):
         self.tokenizer = open_clip.get_tokenizer(architecture)
         self.scale = math.exp(model.logit_scale.item())
         size = model.visual.image_size
-        view = open_clip.image_transform(size, is_train=False, resize_mode=resize)
+        self.view = open_clip.image_transform(size, is_train=False, resize_mode=resize)
         super().__init__(
             f"{architecture}:{weights.digest(path)[:8]}",
             f"open_clip-bicubic-{resize}-{size[0] if isinstance(size, tuple) else size}",
-            lambda images: torch.stack([view(p) for p in pixels.pictures(images)]),
+            lambda images: torch.stack([self.view(p) for p in pixels.pictures(images)]),
             self.model.encode_image,
             device=device,
             batch=batch,
         )
+
+    def embed(self, pictures: Sequence[Image]) -> np.ndarray:
+        """Image embeddings of pictures of any sizes, not normalised: float64 [N, d]."""
+        with exact():
+            parts = torch.stack([self.view(p) for p in pictures]).split(self.batch)
+            return torch.cat([self.net(p.to(self.device)) for p in parts]).cpu().double().numpy()
 
     def text(self, prompts: Sequence[str], prefix: str = "") -> np.ndarray:
         """Text embeddings, not normalised: float64 [N, d]."""

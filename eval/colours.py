@@ -14,56 +14,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from diffdistill.eval import weights
+from diffdistill.eval.clip import OpenClip
 from diffdistill.eval.geneval import Detection
 from diffdistill.eval.geneval_prompts import COLOURS
-from diffdistill.eval.networks import exact
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MODEL = "ViT-L-14-quickgelu"  # OpenAI's weights want quick GELU; plain ViT-L-14 only warns
-_OPENAI = ("input_resolution", "context_length", "vocab_size")  # no weights, but in their files
+MODEL = "ViT-L-14-quickgelu"  # OpenAI's weights want quick GELU
 GREY = 0x99
 _TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
 
 
 class Clip(Protocol):
-    """Any CLIP: embeddings [N, d], normalised or not."""
+    """Any CLIP, such as `clip.OpenClip`: embeddings float64 [N, d], normalised or not."""
 
     name: str  # model:hash of the weights
 
-    def images(self, crops: Sequence[Image]) -> Tensor: ...
+    def embed(self, pictures: Sequence[Image]) -> np.ndarray: ...
 
-    def texts(self, prompts: Sequence[str]) -> Tensor: ...
-
-
-class OpenClip:
-    """A CLIP of open_clip with its own preprocessing (short side, centre crop)."""
-
-    def __init__(self, file: Path, model: str = MODEL, device: str | torch.device = "cpu"):
-        import open_clip
-
-        self.net, _, self.preprocess = open_clip.create_model_and_transforms(model)
-        state = {k: v for k, v in weights.tensors(file).items() if k not in _OPENAI}
-        self.net.load_state_dict(state)
-        self.net.eval().requires_grad_(False).to(device)
-        self.tokenizer = open_clip.get_tokenizer(model)
-        self.device = device
-        self.name = f"{model}:{weights.digest(file)[:8]}"
-
-    def images(self, crops: Sequence[Image]) -> Tensor:
-        pixels = torch.stack([self.preprocess(crop) for crop in crops])
-        with exact():
-            return self.net.encode_image(pixels.to(self.device)).float()
-
-    def texts(self, prompts: Sequence[str]) -> Tensor:
-        with exact():
-            return self.net.encode_text(self.tokenizer(list(prompts)).to(self.device)).float()
+    def text(self, prompts: Sequence[str]) -> np.ndarray: ...
 
 
 class ColourClassifier:
@@ -78,7 +54,7 @@ class ColourClassifier:
         """The colour of every object in a uint8 image [3, H, W]."""
         if not objects:
             return []
-        features = F.normalize(self.clip.images([crop(image, d) for d in objects]), dim=-1)
+        features = _unit(self.clip.embed([crop(image, d) for d in objects]))
         texts = torch.stack([self._text(d.cls) for d in objects])  # [N, colours, d]
         best = (texts @ features[:, :, None])[..., 0].argmax(1)
         return [self.colours[k] for k in best.tolist()]
@@ -86,10 +62,14 @@ class ColourClassifier:
     def _text(self, cls: str) -> Tensor:
         if cls not in self._texts:
             prompts = [t.format(c, cls) for c in self.colours for t in _TEMPLATES]
-            parts = F.normalize(self.clip.texts(prompts), dim=-1)
+            parts = _unit(self.clip.text(prompts))
             mean = parts.unflatten(0, (len(self.colours), len(_TEMPLATES))).mean(1)
             self._texts[cls] = F.normalize(mean, dim=-1)
         return self._texts[cls]
+
+
+def _unit(embeddings: np.ndarray) -> Tensor:
+    return F.normalize(torch.from_numpy(embeddings), dim=-1)
 
 
 def crop(image: Tensor, found: Detection) -> Image:
@@ -118,9 +98,4 @@ def load(
         model: open_clip's name of the architecture; GenEval's rule has the default.
     """
     file = weights.find("clip-vitl14", path, allow_download=allow_download)
-    try:
-        return ColourClassifier(OpenClip(file, model, device))
-    except RuntimeError as error:
-        raise ValueError(
-            f"{file} does not fit open_clip's {model}: {error}. Give weights of that model"
-        ) from error
+    return ColourClassifier(OpenClip(model, file, device=device))

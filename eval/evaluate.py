@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffdistill.data import shapes
-from diffdistill.eval import fid, geneval, kid, prdc, protocols, shapes_detector
-from diffdistill.eval.clip import clip_score
+from diffdistill.eval import geneval, protocols, shapes_detector
+from diffdistill.eval import metrics as registry
 from diffdistill.eval.records import Record
 from diffdistill.tracking import save_grid
 
@@ -32,12 +32,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 GROUPS = {  # what --metrics names, and the numbers it stands for
-    "fid": ("fd",),
-    "kid": ("kd",),
-    "prdc": ("precision", "recall", "density", "coverage"),
-    "clip": ("clip",),
-    "geneval": ("geneval",),
-    "accuracy": ("accuracy",),
+    name: metric.values for name, metric in registry.METRICS.items()
 }
 CHUNK = 256  # samples that one process makes at a time, and that one file holds
 SHOWN = 60  # verdicts with pictures; all in the first chunk
@@ -60,7 +55,7 @@ def evaluate(
     Args:
         generator: what `pipelines.loading.load_pipeline` returns.
         protocol: default: the pipeline's own.
-        metrics: names of `GROUPS`; default: all that the protocol has.
+        metrics: names of `metrics.METRICS`; default: all that the protocol has.
         n: samples; another count than the protocol's makes another, incomparable protocol.
         out: file for the JSON; pictures of the first verdicts go beside it as PNG.
         samples: folder that keeps the samples, so that an interrupted evaluation continues; each
@@ -72,7 +67,7 @@ def evaluate(
         known = ", ".join(protocols.PROTOCOLS)
         raise ValueError(f"this pipeline names no protocol. Give one of: {known}")
     rules = protocols.get(name)
-    wanted = _wanted(rules, metrics)
+    groups = _groups(rules, metrics)
     n = rules.n if n is None else n
     if n < 2:
         raise ValueError(f"evaluation of {n} samples. Give 2 or more; {name} has {rules.n}")
@@ -92,12 +87,19 @@ def evaluate(
         return generator.sample(part, list(rows), steps=steps, guidance=guidance)
 
     def look(rows: range, images: Tensor) -> dict[str, np.ndarray]:
-        return _look(net, wanted, rows, conditions[rows.start : rows.stop], images)
+        return _look(net, groups, rows, conditions[rows.start : rows.stop], images)
 
-    seen = _walk(n, draw, look, samples, accelerator)
+    seen = walk(n, draw, look, samples, accelerator)
     if accelerator is not None and not accelerator.is_main_process:
-        return _from_main({}, accelerator)
-    values, extra = _measure(seen, reference, wanted)
+        return from_main({}, accelerator)
+    given = seen.arrays | {
+        "mu": reference.mu, "sigma": reference.cov, "m": reference.m, "real": reference.features
+    }  # fmt: skip
+    if "geneval" in groups:
+        given["tags"] = [shapes.scene(i, "test").record["tag"] for i in range(n)]
+    values, extra = registry.measure(groups, given)
+    if "geneval" in groups:
+        extra["verdicts"] = _shown(seen.first)
     k = steps or info["steps"]
     shared = {
         "protocol": name if n == rules.n else f"{name}/n={n}",
@@ -110,19 +112,8 @@ def evaluate(
         "dtype": str(generator.pipe.dtype).removeprefix("torch."),
         "versions": {p: version(p) for p in ("torch", "diffusers", "transformers")},
     }
-    stored = len(reference.features)
-    counts = {"fd": reference.m, "kd": stored} | dict.fromkeys(GROUPS["prdc"], min(stored, n))
-    nets = dict.fromkeys(wanted, net.name) | {
-        "geneval": f"shapes-detector:{shapes_detector.THRESHOLD}"
-    }
-    records = []
-    for metric in wanted:
-        m = counts.get(metric, 0)
-        digest = reference.digest if m else ""
-        record = Record(
-            metric, values[metric], feature_net=nets[metric], m=m, reference=digest, **shared
-        )
-        records.append(asdict(record))
+    nets = dict.fromkeys(groups, (net.name, net.resize))
+    nets["geneval"] = f"shapes-detector:{shapes_detector.THRESHOLD}", "none"
     result = {
         "pipeline": info.get("name", ""),
         "protocol": shared["protocol"],
@@ -130,52 +121,85 @@ def evaluate(
         "seconds": round(seen.seconds, 2),
         "images_per_s": round(seen.made / seen.seconds, 2),
         "floor_fd": reference.floor,
-        "records": records,
+        "records": records(groups, values, given, nets, reference.digest, **shared),
         **extra,
     }
-    result = _plain(result)
+    result = plain(result)
     if out is not None:
-        _write(out, result, seen.first)
-    return _from_main(result, accelerator)
+        if "verdicts" in result:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            save_grid(seen.first[: len(result["verdicts"])], 10, out.with_suffix(".png"))
+        write(out, result)
+    return from_main(result, accelerator)
 
 
-def _wanted(rules: protocols.Protocol, metrics: list[str] | None) -> list[str]:
-    if metrics is None:
-        return list(rules.metrics)
-    wanted = []
-    for name in metrics:
-        found = [m for m in GROUPS.get(name, ()) if m in rules.metrics]
-        if not found:
-            known = [g for g, ms in GROUPS.items() if set(ms) & set(rules.metrics)]
-            raise ValueError(f"{rules.id} has no metric {name!r}. It has: {', '.join(known)}")
-        wanted += found
-    return wanted
+def _groups(rules: protocols.Protocol, metrics: list[str] | None) -> list[str]:
+    """Names of `GROUPS`, as asked or all that the protocol has."""
+    group_of = {number: group for group, numbers in GROUPS.items() for number in numbers}
+    known = list(dict.fromkeys(group_of[number] for number in rules.metrics))
+    if odd := [g for g in metrics or () if g not in known]:
+        raise ValueError(f"{rules.id} has no metric {odd[0]!r}. It has: {', '.join(known)}")
+    return known if metrics is None else metrics
+
+
+def records(
+    groups: Iterable[str],
+    values: Mapping[str, float],
+    given: Mapping[str, Any],
+    nets: Mapping[str, tuple[str, str]],
+    reference: str,
+    **shared: Any,
+) -> list[dict[str, Any]]:
+    """One record for every number of some metrics.
+
+    Args:
+        values, given: what `metrics.measure` returned and took.
+        nets: feature network and resize of each metric.
+        reference: hash of the reference, for the metrics that look at it.
+        shared: the other fields of `Record`.
+    """
+    rows = []
+    for group in groups:
+        metric, (net, resize) = registry.get(group), nets[group]
+        m = registry.reference_count(group, given)
+        digest = reference if metric.counts else ""
+        rows += [
+            Record(name, values[name], feature_net=net, resize=resize, m=m, reference=digest,
+                   **shared)
+            for name in metric.values
+        ]  # fmt: skip
+    return [asdict(row) for row in rows]
 
 
 # ---- samples ----------------------------------------------------------------------------
 
 
 @dataclass
-class _Seen:
+class Seen:
     """What is known of the samples: one row each, in index order, and the first pictures."""
 
     arrays: dict[str, np.ndarray] = field(default_factory=dict)  # name -> float64 [n, ...]
-    first: Tensor = field(default_factory=lambda: torch.empty(0))
+    first: Any = ()  # what `draw` gave for index 0 on
     made: int = 0  # samples that were not read from disk
     seconds: float = 0.0  # of making or reading them, in the slowest process
 
 
-def _walk(
+def walk(
     n: int,
-    draw: Callable[[range], Tensor],
-    look: Callable[[range, Tensor], dict[str, np.ndarray]],
+    draw: Callable[[range], Any],
+    look: Callable[[range, Any], dict[str, np.ndarray]],
     folder: Path | None,
     accelerator: Accelerator | None,
-) -> _Seen:
-    """Make and look at this process's chunks, then join those of all processes."""
+) -> Seen:
+    """Make and look at this process's chunks, then join those of all processes.
+
+    Args:
+        draw: samples of some indices; a tensor where `folder` keeps them.
+        look: what is to be known of them: name -> float64 [B, ...].
+    """
     alone = accelerator is None
     world, rank = (1, 0) if alone else (accelerator.num_processes, accelerator.process_index)
-    seen = _Seen()
+    seen = Seen()
     starts = range(rank * CHUNK, n, world * CHUNK)
     for start in tqdm(starts, desc="sample", disable=True if rank else None):
         rows = range(start, min(start + CHUNK, n))
@@ -197,7 +221,7 @@ def _walk(
     return seen if alone else _joined(seen, accelerator)
 
 
-def _joined(seen: _Seen, accelerator: Accelerator) -> _Seen:
+def _joined(seen: Seen, accelerator: Accelerator) -> Seen:
     """A row is zero in all processes but one, so sums are exact and in index order."""
     from accelerate.utils import broadcast_object_list
 
@@ -208,10 +232,10 @@ def _joined(seen: _Seen, accelerator: Accelerator) -> _Seen:
         mine = torch.from_numpy(seen.arrays.get(name, np.zeros(shape))).to(accelerator.device)
         seen.arrays[name] = accelerator.reduce(mine, "sum").cpu().numpy()
     made, seconds = seen.arrays.pop("cost").T
-    return _Seen(seen.arrays, seen.first, int(made.sum()), float(seconds.max()))
+    return Seen(seen.arrays, seen.first, int(made.sum()), float(seconds.max()))
 
 
-def _from_main(result: dict[str, Any], accelerator: Accelerator | None) -> dict[str, Any]:
+def from_main(result: dict[str, Any], accelerator: Accelerator | None) -> dict[str, Any]:
     """The main process's result, on every process."""
     if accelerator is None:
         return result
@@ -245,44 +269,19 @@ def _digest(pipe: Any, asked: Any) -> str:
 
 
 def _look(
-    net: Any, wanted: list[str], rows: range, conditions: list, images: Tensor
+    net: Any, groups: list[str], rows: range, conditions: list, images: Tensor
 ) -> dict[str, np.ndarray]:
     """All that the metrics need to know of some samples: name -> float64 [B, ...]."""
-    found = {}
-    if {"fd", "kd", "clip", *GROUPS["prdc"]} & set(wanted):
+    found, needed = {}, registry.needed(groups)
+    if "features" in needed:
         found["features"] = net.features(images)
-    if "clip" in wanted:
+    if "text" in needed:
         found["text"] = net.text(conditions)
-    if "accuracy" in wanted:
+    if "right" in needed:
         found["right"] = (net.predict(images) == torch.tensor(conditions)).double().numpy()
-    if "geneval" in wanted:
+    if "correct" in needed:
         found["correct"] = np.array([float(v.correct) for _, v in _verdicts(rows, images)])
     return found
-
-
-def _measure(
-    seen: _Seen, reference: protocols.Reference, wanted: list[str]
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """metric -> value, and what else goes into the file."""
-    arrays = seen.arrays
-    features = arrays.get("features")
-    values: dict[str, float] = {}
-    extra: dict[str, Any] = {}
-    if "fd" in wanted:
-        stats = fid.mean_and_cov(features)
-        values["fd"] = fid.frechet_distance(reference.mu, reference.cov, *stats)
-    if "kd" in wanted:
-        values["kd"], extra["kd_std"] = kid.kernel_distance(reference.features, features)
-    if set(wanted) & set(GROUPS["prdc"]):
-        values |= prdc.prdc(reference.features[: len(features)], features)
-    if "clip" in wanted:
-        values["clip"] = clip_score(features, arrays["text"])
-    if "accuracy" in wanted:
-        values["accuracy"] = float(arrays["right"].mean())
-    if "geneval" in wanted:
-        values["geneval"], more = _geneval(arrays["correct"], seen.first)
-        extra |= more
-    return values, extra
 
 
 def _verdicts(rows: range, images: Tensor) -> list[tuple[dict[str, Any], geneval.Verdict]]:
@@ -295,33 +294,29 @@ def _verdicts(rows: range, images: Tensor) -> list[tuple[dict[str, Any], geneval
     ]
 
 
-def _geneval(correct: np.ndarray, first: Tensor) -> tuple[float, dict[str, Any]]:
-    tags = [shapes.scene(i, "test").record["tag"] for i in range(len(correct))]
-    tasks = geneval.task_scores(zip(tags, correct.astype(bool).tolist(), strict=True))
-    shown = [
+def _shown(first: Tensor) -> list[dict[str, Any]]:
+    """Verdicts of the first pictures, as they stand in the file."""
+    return [
         {
             "index": i, "prompt": r["prompt"], "tag": r["tag"], "correct": v.correct,
             "reason": v.reason,
         }
         for i, (r, v) in enumerate(_verdicts(range(len(first[:SHOWN])), first[:SHOWN]))
     ]  # fmt: skip
-    return geneval.overall(tasks), {"tasks": tasks, "verdicts": shown}
 
 
-def _write(out: Path, result: dict[str, Any], images: Tensor) -> None:
-    """JSON aside, then renamed; pictures of the first verdicts beside it."""
+def write(out: Path, result: dict[str, Any]) -> None:
+    """JSON aside, then renamed."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    if "verdicts" in result:
-        save_grid(images[: len(result["verdicts"])], 10, out.with_suffix(".png"))
     aside = out.with_suffix(f".{os.getpid()}.partial")
     aside.write_text(json.dumps(result, indent=1) + "\n")
     aside.rename(out)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """NumPy scalars -> Python's."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return value.item() if isinstance(value, np.generic) else value

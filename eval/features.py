@@ -32,6 +32,8 @@ def _weights(folder: Path, file: str) -> tuple[dict[str, Tensor], str]:
 class ShapesClip:
     """The CLIP of the world `shapes`, stored in open_clip's format."""
 
+    resize = "none"
+
     def __init__(self, folder: Path | None = None):
         from open_clip.model import CLIP
         from transformers import CLIPTokenizer
@@ -63,6 +65,7 @@ class FashionClassifier(nn.Module):
     """A small CNN for 28 x 28 grey images; features are its 64 penultimate activations."""
 
     FILE = "model.safetensors"
+    resize = "none"
 
     def __init__(self):
         super().__init__()

@@ -1,7 +1,8 @@
 """Named protocols: prompts or labels, seeds, sample count, feature network, reference and floor.
 
-Two numbers of the same metric can be compared if they were made under one protocol. The reference
-statistics are assets/reference/<protocol>.npz, and the teacher's own rows <protocol>.json beside.
+Two numbers of the same metric can be compared if they were made under one protocol. `PROTOCOLS` are
+those of the embedded worlds: their reference statistics are assets/reference/<protocol>.npz, the
+teacher's own rows <protocol>.json beside. `FOLDERS` are those of papers, for folders of images.
 """
 
 from __future__ import annotations
@@ -78,9 +79,107 @@ PROTOCOLS = {
 
 
 def get(name: str) -> Protocol:
+    if name in FOLDERS:
+        raise ValueError(
+            f"protocol {name} judges a folder of images, not a pipeline. Draw the images first, "
+            "and give their folder"
+        )
     if name not in PROTOCOLS:
-        raise ValueError(unknown("protocol", name, PROTOCOLS))
+        raise ValueError(unknown("protocol", name, [*PROTOCOLS, *FOLDERS]))
     return PROTOCOLS[name]
+
+
+# ---- folders of images ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FolderProtocol:
+    """How papers judge a folder of images; see `folder`.
+
+    Attributes:
+        network: a name of `networks.NETWORKS`; "": the user names one.
+        metrics: names of `metrics.METRICS` that are taken by default.
+        n: images; 0: all of the folder.
+        m: images behind the reference; 0: as its file says.
+        reference: what must be given, in words.
+        labels: distribution of the prompts or labels, in words.
+        view: function of `pixels` and its size, applied before the network's own resize; or none.
+        side: px of the square images; 0: any size.
+        lossy: JPEG is as good as PNG.
+    """
+
+    network: str
+    metrics: tuple[str, ...] = ("fid",)
+    n: int = 0
+    m: int = 0
+    reference: str = "an npz with mu and sigma"
+    labels: str = "not known"
+    view: tuple[str, int] | None = None
+    side: int = 0
+    lossy: bool = False
+
+
+_TF1, _CLEAN = "inception-legacy_tensorflow", "inception-clean"
+FOLDERS = {
+    "edm-cifar10": FolderProtocol(
+        _TF1, n=50_000, m=50_000, side=32, reference="EDM's cifar10-32x32.npz",
+        labels="drawn uniformly from the generator of the image, where there are any",
+    ),
+    "edm-imagenet64": FolderProtocol(
+        _TF1, n=50_000, m=1_281_167, side=64, labels="drawn uniformly",
+        reference="EDM's imagenet-64x64.npz, which is not the baseline's",
+    ),
+    "edm2-imagenet512": FolderProtocol(
+        _TF1, n=50_000, m=1_281_167, side=512, labels="drawn uniformly",
+        reference="mu and sigma of fid in EDM2's img512.pkl, stored as npz",
+    ),
+    "adm-imagenet256": FolderProtocol(
+        "inception-adm", ("is", "fid", "sfid", "prdc-adm"), n=50_000, m=1_281_167, side=256,
+        reference="ADM's VIRTUAL_imagenet256_labeled.npz", labels="50 images of each class",
+    ),
+    "coco2014-30k": FolderProtocol(
+        _CLEAN, n=30_000, m=40_504, view=("lanczos", 256),
+        reference="statistics of all 40,504 images of val2014 under this protocol",
+        labels="the fixed list of 30,000 captions of val2014",
+    ),
+    "coco2014-10k-sdxl": FolderProtocol(
+        _CLEAN, n=10_000, m=10_000, view=("lanczos", 512),
+        reference="statistics of DMD2's 10,000 images under this protocol",
+        labels="10,000 captions of val2014",
+    ),
+    "coco2014-10k-sdxl-patch": FolderProtocol(
+        _CLEAN, n=10_000, m=10_000, view=("patch", 299),
+        reference="statistics of DMD2's 10,000 images under this protocol",
+        labels="10,000 captions of val2014",
+    ),
+    "coco2017-5k": FolderProtocol(
+        _CLEAN, n=5000, m=5000, view=("lanczos", 256),
+        reference="statistics of the 5,000 images of val2017 under this protocol",
+        labels="one caption of each image of val2017",
+    ),
+    "mjhq30k-cleanfid": FolderProtocol(
+        _CLEAN, n=30_000, m=30_000, side=1024,
+        reference="statistics of MJHQ-30K's images under this protocol",
+        labels="the 30,000 prompts of meta_data.json",
+    ),
+    "mjhq30k-sana": FolderProtocol(
+        "inception-legacy_pytorch", n=30_000, m=30_000, view=("short_side", 512), lossy=True,
+        reference="statistics of MJHQ-30K's images under this protocol",
+        labels="the 30,000 prompts of meta_data.json",
+    ),
+    "custom-folder": FolderProtocol(""),
+}  # fmt: skip
+
+
+def folder_protocol(name: str | None) -> FolderProtocol:
+    if name is None:
+        raise ValueError(f"a folder of images needs a protocol. Give one of: {', '.join(FOLDERS)}")
+    if name not in FOLDERS:
+        raise ValueError(unknown("protocol of folders", name, FOLDERS))
+    return FOLDERS[name]
+
+
+# ---- references -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

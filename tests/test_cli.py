@@ -171,6 +171,20 @@ def test_every_list_has_names_and_one_line_about_each(kind, capsys):
             assert len(row["about"]) > 10, row
 
 
+def test_list_metrics_is_the_registry_and_imports_no_torch(capsys):
+    from diffdistill.eval.metrics import METRICS
+
+    assert cli.main(["list", "metrics", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert list(rows) == list(METRICS)
+    assert rows["prdc"]["numbers"] == ["precision", "recall", "density", "coverage"]
+    assert rows["fid"]["paper"] == "arXiv 1706.08500" and rows["accuracy"]["paper"] == ""
+    code = "import sys\nfrom diffdistill import cli\ncli.main(['list', 'metrics'])\n"
+    code += "assert not {'torch', 'numpy'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_recipes_say_their_command():
     rows = {row["command"]: row for row in doctor.inventory("recipes")}
     assert "train recipe=quickstart" in rows and "teach recipe=shapes-sd" in rows

@@ -268,3 +268,22 @@ def test_fashion_mnist_is_the_real_one():
     assert labels.bincount().tolist() == [1000] * 10
     assert images.double().mean().item() == pytest.approx(73.146, abs=0.01)
     assert labels[:5].tolist() == [9, 2, 1, 1, 6]
+
+
+def test_facts_are_what_the_caption_says():
+    for i in range(600):
+        scene = shapes.scene(i)
+        said = shapes.facts(scene.record)
+        assert sum(row[1] for row in said) == len(scene.things)
+        for shape, count, colour, relation in said:
+            mine = [t for t in scene.things if shape and t.shape == shapes.SHAPES[shape - 1]]
+            assert len(mine) == count
+            if colour:
+                assert list(shapes.COLOURS)[colour - 1] == mine[0].colour
+            if relation:
+                (other,) = (t for t in scene.things if t is not mine[0])
+                held = shapes.relations(mine[0].box(), other.box())
+                assert held == {shapes.RELATIONS[relation - 1]}
+        tag = scene.record["tag"]
+        assert all(row[3] for row in said) == (tag == "position")
+        assert any(row[2] for row in said) == (tag in ("colors", "color_attr"))

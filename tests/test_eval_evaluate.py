@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from diffdistill.data import shapes
-from diffdistill.eval import fid, protocols
-from diffdistill.eval.evaluate import evaluate
+from diffdistill.eval import clip, fid, geneval, kid, metrics, prdc, protocols, shapes_detector
+from diffdistill.eval.evaluate import GROUPS, evaluate
 from diffdistill.eval.features import FashionClassifier, ShapesClip
 
 
@@ -73,6 +73,44 @@ def test_records_say_what_the_number_rests_on():
     fd = by_metric["fd"]
     assert (fd["protocol"], fd["n"], fd["steps"], fd["nfe"]) == ("shapes-v1/n=60", 60, 3, 3)
     assert fd["feature_net"] == ShapesClip().name and fd["device"] == "cpu"
+    assert {r["resize"] for r in result["records"]} == {"none"}
+
+
+def noisy(seeds):
+    noise = np.stack([np.random.default_rng(i).integers(0, 80, (3, 32, 32)) for i in seeds])
+    return (real(seeds).int() + torch.from_numpy(noise)).clamp(0, 255).byte()
+
+
+def test_numbers_are_those_of_the_functions_on_the_same_features():
+    n, limit = 300, shapes_detector.THRESHOLD
+    images, net, reference = noisy(range(n)), ShapesClip(), protocols.reference("shapes-v1")
+    features = np.concatenate([net.features(part) for part in images.split(256)])
+    scenes = [shapes.scene(i, "test") for i in range(n)]
+    verdicts = []
+    for scene, found in zip(scenes, shapes_detector.detect(images), strict=True):
+        one = geneval.verdict(scene.record, found, threshold=limit, counting_threshold=limit)
+        verdicts.append((scene.record["tag"], one.correct))
+    want = {
+        "fd": fid.frechet_distance(reference.mu, reference.cov, *fid.mean_and_cov(features)),
+        "kd": kid.kernel_distance(reference.features, features)[0],
+        **prdc.prdc(reference.features[:n], features),
+        "clip": clip.clip_score(features, net.text([s.caption for s in scenes])),
+        "geneval": geneval.overall(geneval.task_scores(verdicts)),
+    }
+    result = evaluate(Fake(noisy), n=n)
+    assert list(values(result)) == list(want)
+    assert values(result) == pytest.approx(want, rel=1e-9)
+    assert 0.02 < want["geneval"] < 0.98
+    assert result["kd_std"] > 0 and list(result["tasks"]) == list(shapes.TASKS)
+
+
+def test_groups_are_the_registrys_and_cover_the_protocols():
+    assert list(GROUPS) == list(metrics.METRICS) and GROUPS["prdc"][1] == "recall"
+    known = {number for numbers in GROUPS.values() for number in numbers}
+    assert all(set(rules.metrics) <= known for rules in protocols.PROTOCOLS.values())
+    few = evaluate(Fake(real), n=60, metrics=["clip", "prdc"])
+    assert list(values(few)) == ["clip", "precision", "recall", "density", "coverage"]
+    assert "verdicts" not in few
 
 
 def test_grey_pictures_score_nothing():

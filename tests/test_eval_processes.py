@@ -11,10 +11,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from diffdistill.eval import evaluate as module
-from diffdistill.eval import fid, protocols
+from diffdistill.eval import fid, networks, protocols
 from diffdistill.eval.evaluate import CHUNK, evaluate
+from diffdistill.eval.folder import evaluate_folder
 
 N = 1003
 STUBS = '''
@@ -25,11 +27,11 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from diffdistill.eval import protocols
+from diffdistill.eval import networks, protocols
 
 
 class Net:
-    name = "stub:0"
+    name, resize = "stub:0", "stub-4"
 
     def __init__(self):
         self.mix = np.random.default_rng(0).normal(size=(48, 6))
@@ -83,6 +85,7 @@ def install(n):
         features=real.astype(np.float32), feature_net="stub:0",
     )
     protocols.reference = lambda name: reference
+    networks.NETWORKS["stub"] = ("", lambda path, device: Net())
 '''
 SCRIPT = """
 import faulthandler, json, sys
@@ -94,6 +97,7 @@ from accelerate import Accelerator
 sys.path.insert(0, sys.argv[2])
 import stubs
 from diffdistill.eval.evaluate import evaluate
+from diffdistill.eval.folder import evaluate_folder
 
 faulthandler.dump_traceback_later(60, exit=True)  # a hang says where, and leaves no process
 torch.set_num_threads(1)
@@ -104,8 +108,10 @@ whole, few, rest = stubs.Stub(), stubs.Stub(), stubs.Stub()
 result = evaluate(whole, accelerator=accelerator, out=out / f"{world}.json")
 small = evaluate(few, accelerator=accelerator, n=100)  # one chunk: nothing for the second process
 kept = evaluate(rest, accelerator=accelerator, samples=Path(sys.argv[2]) / "kept")
+files = evaluate_folder(Path(sys.argv[2]) / "pngs", "custom-folder", network="stub",
+                        metrics=["vendi"], accelerator=accelerator)
 facts = {"seeds": whole.seeds, "few": few.seeds, "rest": rest.seeds, "result": result,
-         "small": small, "kept": kept}
+         "small": small, "kept": kept, "files": files}
 (out / f"{world}-{rank}.json").write_text(json.dumps(facts))
 """
 
@@ -114,6 +120,7 @@ facts = {"seeds": whole.seeds, "few": few.seeds, "rest": rest.seeds, "result": r
 def stubs():
     """The module of stubs; what it replaces is put back."""
     before, reference = dict(protocols.PROTOCOLS), protocols.reference
+    nets = dict(networks.NETWORKS)
     made = {}
     exec(compile(STUBS, "stubs", "exec"), made)
     made["install"](N)
@@ -121,6 +128,8 @@ def stubs():
     protocols.PROTOCOLS.clear()
     protocols.PROTOCOLS.update(before)
     protocols.reference = reference
+    networks.NETWORKS.clear()
+    networks.NETWORKS.update(nets)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +140,11 @@ def ran(stubs, tmp_path_factory):
     (out / "stubs.py").write_text(STUBS)
     with pytest.raises(KeyboardInterrupt):
         evaluate(stubs.Stub(limit=2 * CHUNK), samples=out / "kept")
+    (out / "pngs").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(CHUNK + 45):
+        array = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(array).save(out / "pngs" / f"{i:04}.png")
     root = Path(module.__file__).parents[1]
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     with socket.socket() as s:
@@ -156,6 +170,15 @@ def test_two_processes_equal_one(stubs, ran):
         assert values(result) == pytest.approx(values(one), rel=1e-9, abs=0)
         assert result["protocol"] == "stub" and result["kd_std"] == pytest.approx(one["kd_std"])
     assert values(first["small"]) == pytest.approx(values(evaluate(stubs.Stub(), n=100)), rel=1e-9)
+
+
+def test_a_folder_judged_by_two_processes_equals_one(ran):
+    (first, second), out = ran
+    one = evaluate_folder(out / "pngs", "custom-folder", network="stub", metrics=["vendi"])
+    assert values(one)["vendi"] > 1.1
+    assert one["records"][0]["n"] == CHUNK + 45
+    for result in (first["files"], second["files"]):
+        assert values(result) == pytest.approx(values(one), rel=1e-9)
 
 
 def test_no_sample_is_dropped_or_doubled(ran):

@@ -257,6 +257,29 @@ def vocabulary() -> list[str]:
     return [*fixed, *SHAPES, *PLURALS, *COLOURS, *NUMBERS.values()]
 
 
+FACTS = (1 + len(SHAPES), 5, 1 + len(COLOURS), 1 + len(RELATIONS))
+_OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+
+def facts(record: dict) -> list[list[int]]:
+    """What a caption says of its two kinds of objects: [shape, count, colour, relation], 2 x 4.
+
+    The relation is that to the other kind. n stands for the n-th of SHAPES, COLOURS, RELATIONS and
+    0 for "nothing said"; a caption of one kind leaves the second row 0.
+    """
+    said = [[0, 0, 0, 0], [0, 0, 0, 0]]
+    for mine, clause in zip(said, record["include"], strict=False):
+        mine[0] = 1 + SHAPES.index(clause["class"])
+        mine[1] = clause["count"]
+        if "color" in clause:
+            mine[2] = 1 + list(COLOURS).index(clause["color"])
+        if "position" in clause:
+            relation, other = clause["position"]
+            mine[3] = 1 + RELATIONS.index(relation)
+            said[other][3] = 1 + RELATIONS.index(_OPPOSITE[relation])
+    return said
+
+
 def altered_caption(record: dict, rng: np.random.Generator) -> str:
     """The caption with one fact changed, so that it no longer describes the scene."""
     prompt = record["prompt"]

@@ -41,8 +41,8 @@ class TensorStream:
     Args:
         cond: name -> lookup from row indices to a tensor [B, ...].
         x: float [N, ...] or None for methods that see no images.
-        augment: called on x of a batch with the step's random state.
         pairs: (eps, x, cond lookups) of stored teacher trajectories.
+        extra: further lookups, for `Batch.extra`.
     """
 
     def __init__(
@@ -53,11 +53,12 @@ class TensorStream:
         *,
         x: Tensor | None = None,
         pairs: tuple[Tensor, Tensor, Mapping[str, Lookup]] | None = None,
+        extra: Mapping[str, Lookup] | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
     ):
         self.size, self.shape, self.cond, self.device = size, shape, cond, device
-        self.x, self.pairs = x, pairs
+        self.x, self.pairs, self.extra = x, pairs, extra or {}
         self._order = Shuffled(size, seed)
         self._pair_order = Shuffled(len(pairs[0]), seed + 1) if pairs is not None else None
 
@@ -74,6 +75,7 @@ class TensorStream:
             cond=self._look(self.cond, index),
             x=None if self.x is None else self._put(self.x[index]),
             pair=pair,
+            extra=self._look(self.extra, index),
             device=self.device,
             shared=torch.Generator(),
         )

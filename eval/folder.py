@@ -1,0 +1,424 @@
+"""Judge a folder of images, under a protocol of `protocols.FOLDERS`.
+
+    *.png, also in sub-folders   the images, in the order of their paths
+    NAME.txt                     the prompt beside each, for metrics that read it
+
+The reference is an npz that the user gives; those of `write_reference` hold features, too, for
+kernel distance and neighbours. A folder of GenEval has its own layout, see `geneval_folder`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffdistill.data.images import captions
+from diffdistill.eval import (
+    clip,
+    colours,
+    detectors,
+    geneval_folder,
+    networks,
+    pixels,
+    preference,
+    statistics,
+    weights,
+)
+from diffdistill.eval import metrics as registry
+from diffdistill.eval.evaluate import Seen, from_main, plain, records, walk, write
+from diffdistill.eval.protocols import FolderProtocol, folder_protocol
+from diffdistill.registry import unknown
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+LOSSY = (".jpg", ".jpeg", ".webp")
+KEPT = 10_000  # features in a reference
+SCORES = (*clip.SETTINGS, *preference.SCORERS)  # metrics of single images
+_OF_NETWORK = {"features", "logits", "spatial"}
+_OF_REFERENCE = {"mu", "sigma", "m", "mu_s", "sigma_s", "real"}
+_Score = Callable[[Tensor, Sequence[str]], np.ndarray]
+
+
+class Weights(NamedTuple):
+    """Where networks come from.
+
+    Attributes:
+        paths: by names of `weights.SOURCES` and `detectors.SOURCES`; what is not there is looked
+            for in the cache.
+        allow_download: of what is in neither place.
+    """
+
+    paths: Mapping[str, Path | str] = {}
+    allow_download: bool = False
+    device: str | torch.device = "cpu"
+
+    def check(self, used: Sequence[str]) -> None:
+        """Refuse paths of what is not used."""
+        if odd := sorted(set(self.paths) - set(used)):
+            raise ValueError(unknown("weights", odd[0], used))
+
+    @property
+    def how(self) -> dict[str, Any]:
+        return {"device": self.device, "allow_download": self.allow_download}
+
+
+CACHED = Weights()
+
+
+def evaluate_folder(
+    folder: Path | str,
+    protocol: str | None,
+    *,
+    reference: Path | str | None = None,
+    network: str | None = None,
+    metrics: Sequence[str] | None = None,
+    n: int | None = None,
+    source: Weights = CACHED,
+    out: Path | None = None,
+    accelerator: Accelerator | None = None,
+) -> dict[str, Any]:
+    """The numbers of a folder of images; the same ones on any number of processes.
+
+    Args:
+        protocol: a name of `protocols.FOLDERS`.
+        reference: npz with the statistics that the protocol compares with.
+        network: a name of `networks.NETWORKS`; for custom-folder, the other protocols have one.
+        metrics: names of `metrics.METRICS`; default: those of the protocol.
+        n: images; another count than the protocol's makes another, incomparable protocol.
+        out: file for the JSON.
+        accelerator: of a launch with several processes; every one of them returns the result.
+    """
+    began = time.perf_counter()
+    if n is not None and n < 2:
+        raise ValueError(f"evaluation of {n} images. Give 2 or more")
+    rules = folder_protocol(protocol)
+    groups = list(metrics or rules.metrics)
+    needs = _needs(groups)
+    looks, compares = bool(needs & _OF_NETWORK), bool(needs & _OF_REFERENCE)
+    for flag, value, used in (("network", network, looks), ("reference", reference, compares)):
+        if value is not None and not used:
+            raise ValueError(f"--{flag} is for none of {', '.join(groups)}. Leave it out")
+    files = _files(folder, protocol, rules, rules.n if n is None else n)
+    prompts = _prompts(files, groups)
+    scored = [group for group in groups if group in SCORES]
+    own = [_net_source(protocol, rules, network)] if looks else []
+    source.check([*own, *(name for group in scored for name in _sources(group))])
+    net = _network(rules, network, needs, source) if looks else None
+    given, digest = _reference(reference, protocol, rules, net, needs) if compares else ({}, "")
+    scores = {group: _score(group, source) for group in scored}
+
+    seen = _look(files, prompts, rules, net, needs, scores, given.get("mu"), accelerator)
+    if accelerator is not None and not accelerator.is_main_process:
+        return from_main({}, accelerator)
+    given |= seen.arrays | {"groups": prompts}
+    values, extra = registry.measure(groups, given)
+    nets = {group: (name, resize) for group, (_, name, resize) in scores.items()}
+    if net is not None:
+        nets = dict.fromkeys(groups, (net.name, _resize(rules, net))) | nets
+    name = protocol if rules.n in (0, len(files)) else f"{protocol}/n={len(files)}"
+    rows = records(
+        groups, values, given, nets, digest, protocol=name, n=len(files), labels=rules.labels,
+        **_facts(source),
+    )  # fmt: skip
+    return from_main(_result(folder, name, began, rows, extra, out), accelerator)
+
+
+def write_reference(
+    folder: Path | str,
+    file: Path | str,
+    protocol: str | None,
+    *,
+    network: str | None = None,
+    source: Weights = CACHED,
+    accelerator: Accelerator | None = None,
+) -> Path:
+    """Statistics and some features of real images under a protocol, as a reference for others.
+
+    JPEG is allowed, because data sets come so. EDM's and clean-fid's code read the file, too.
+    """
+    file, rules = Path(file), folder_protocol(protocol)
+    if file.suffix != ".npz":
+        raise ValueError(f"a reference goes into a file .npz, not {file.name}")
+    needs = _needs(rules.metrics)
+    files = _files(folder, protocol, rules, rules.m, lossy=True)
+    source.check([_net_source(protocol, rules, network)])
+    net = _network(rules, network, needs, source)
+    seen = _look(files, [], rules, net, needs, {}, None, accelerator)
+    if accelerator is None or accelerator.is_main_process:
+        features, spatial = seen.arrays["features"], seen.arrays.get("spatial")
+        found = vars(statistics.of_features(features, spatial))
+        some = np.random.default_rng(0).permutation(len(features))[:KEPT]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(
+            file, feats=features[some].astype(np.float32), feature_net=net.name,
+            resize=_resize(rules, net), **{k: v for k, v in found.items() if v is not None},
+        )  # fmt: skip
+    return file
+
+
+def evaluate_geneval(
+    folder: Path | str,
+    backend: str = "m2f-swin-s",
+    *,
+    source: Weights = CACHED,
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """GenEval of a folder in its published layout, by a back end of `detectors`."""
+    began = time.perf_counter()
+    clauses = [c for record, _ in geneval_folder.read(folder) for c in record["include"]]
+    source.check([backend, "clip-vitl14"])
+    detector = detectors.load(backend, source.paths.get(backend), **source.how)
+    classifier = None
+    if not detector.colours and any("color" in clause for clause in clauses):
+        classifier = colours.load(source.paths.get("clip-vitl14"), **source.how)
+    found = geneval_folder.geneval_folder(folder, detector, classifier)
+    rows = records(
+        ["geneval"], {"geneval": found.pop("overall")}, {},
+        {"geneval": (found.pop("feature_net"), "none")}, "", protocol=found["protocol"],
+        n=found.pop("n"), labels="the prompts of the folder", **_facts(source),
+    )  # fmt: skip
+    return _result(folder, found.pop("protocol"), began, rows, found, out)
+
+
+# ---- what is asked ----------------------------------------------------------------------
+
+
+def _needs(groups: Sequence[str]) -> set[str]:
+    """What must be given for metrics that are of single images, features or a reference."""
+    able = _OF_NETWORK | _OF_REFERENCE | {"groups"} | set(SCORES)
+    for group in groups:
+        if not registry.needed([group]) <= able:
+            known = [name for name in registry.METRICS if registry.needed([name]) <= able]
+            raise ValueError(
+                f"metric {group} cannot be had from a folder. Available: {', '.join(known)}"
+            )
+    return registry.needed(groups)
+
+
+def _files(
+    folder: Path | str, protocol: str, rules: FolderProtocol, n: int, *, lossy: bool = False
+) -> list[Path]:
+    """n images, 0 for all; of more, the subset that EDM takes."""
+    files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".png", *LOSSY))
+    odd = [f for f in files if f.suffix.lower() in LOSSY]
+    if odd and not (lossy or rules.lossy):
+        raise ValueError(f"{odd[0]} is lossy, which moves distances. {protocol} judges PNG files")
+    if len(files) < max(n, 2):
+        raise ValueError(
+            f"{folder} has {len(files)} images. {protocol} takes {n or '2 or more'}: draw the "
+            "others, or give a smaller --num, which makes another, incomparable protocol"
+        )
+    if n in (0, len(files)):
+        return files
+    some = np.random.RandomState(0).permutation(len(files))[:n]
+    return [files[i] for i in sorted(some)]
+
+
+def _prompts(files: list[Path], groups: Sequence[str]) -> list[str]:
+    """The captions beside the images; "" where no metric reads them."""
+    readers = [g for g in groups if g == "diversity" or (g in SCORES and g != "aesthetic")]
+    if not readers:
+        return [""] * len(files)
+    prompts = captions(files)
+    if not any(prompts):
+        raise ValueError(
+            f"metric {readers[0]} reads prompts. Give a file NAME.txt beside each image, or leave "
+            "it out"
+        )
+    return prompts
+
+
+# ---- networks ---------------------------------------------------------------------------
+
+
+def _net_source(protocol: str, rules: FolderProtocol, network: str | None) -> str:
+    """Name of the weights of the feature network."""
+    name = network or rules.network
+    if not name:
+        raise ValueError(
+            f"{protocol} needs a feature network. Give --network with one of: "
+            f"{', '.join(networks.NETWORKS)}"
+        )
+    if rules.network and name != rules.network:
+        raise ValueError(
+            f"{protocol} looks through {rules.network}, not {name}. Leave --network out, or take "
+            "custom-folder"
+        )
+    if name not in networks.NETWORKS:
+        raise ValueError(unknown("feature network", name, networks.NETWORKS))
+    return networks.NETWORKS[name][0] or name
+
+
+def _network(rules: FolderProtocol, network: str | None, needs: set[str], source: Weights) -> Any:
+    name = network or rules.network
+    path = source.paths.get(networks.NETWORKS[name][0] or name)
+    net = networks.network(name, path, **source.how)
+    if (asked := needs & {"logits", "spatial"}) and not hasattr(net, "taps"):
+        raise ValueError(f"{name} gives no {min(asked)}. Take inception-adm, or leave it out")
+    return net
+
+
+def _sources(group: str) -> Sequence[str]:
+    """Names of the weights of a metric of single images."""
+    if group in clip.SETTINGS:
+        return [clip.SETTINGS[group].weights]
+    return preference.SCORERS[group][0]
+
+
+def _score(group: str, source: Weights) -> tuple[_Score, str, str]:
+    """A metric of single images: function, name for the records, resize."""
+    paths = [source.paths.get(name) for name in _sources(group)]
+    if group not in clip.SETTINGS:
+        judge = preference.scorer(group, paths, **source.how)
+        return judge.score, judge.name, "its own"
+    net, size = clip.network_of(group, *paths, **source.how), clip.SETTINGS[group].size
+    first = f"lanczos-{size}+" if size else ""
+    return partial(clip.score_each, group, net), net.name, first + net.resize
+
+
+def _resize(rules: FolderProtocol, net: Any) -> str:
+    first = f"{rules.view[0].replace('_', '-')}-{rules.view[1]}+" if rules.view else ""
+    return first + net.resize
+
+
+# ---- reference --------------------------------------------------------------------------
+
+
+def _reference(
+    path: Path | str | None, protocol: str, rules: FolderProtocol, net: Any, needs: set[str]
+) -> tuple[dict[str, Any], str]:
+    """What `metrics.measure` takes of a reference, and the hash of its file."""
+    if path is None:
+        raise ValueError(
+            f"the reference of {protocol} is missing: {rules.reference}. Give the file with "
+            "--reference, or make it of the real images with --write-reference"
+        )
+    found = statistics.load(path)
+    if rules.m and found.n not in (0, rules.m):
+        raise ValueError(
+            f"{path} is of {found.n} images. {protocol} compares with {rules.reference}, of "
+            f"{rules.m}"
+        )
+    given = vars(found) | {"m": rules.m or found.n}
+    through = {"feature_net": net.name, "resize": _resize(rules, net)}
+    with np.load(path, allow_pickle=False) as file:
+        made = {key: str(file[key]) for key in through if key in file.files}
+        if made and made != through:
+            raise ValueError(
+                f"{path} was made with {' and '.join(made.values())}, not "
+                f"{' and '.join(through.values())}. Give the reference of this protocol and network"
+            )
+        if "real" in needs and "feats" in file.files:
+            given["real"] = file["feats"]
+        images = "arr_0" in file.files
+    if "real" in needs and "real" not in given and images:
+        given["real"] = net.features(_view(rules, statistics.load_images(path)))
+    if lacking := sorted(key for key in needs & _OF_REFERENCE if given.get(key) is None):
+        what = "features" if lacking[0] == "real" else lacking[0]
+        raise ValueError(
+            f"{path} has no {what}, which one of the metrics needs. Leave that metric out, or give "
+            "a file of --write-reference"
+        )
+    return given, weights.digest(path)[:12]
+
+
+# ---- images -----------------------------------------------------------------------------
+
+
+def _look(
+    files: list[Path],
+    prompts: list[str],
+    rules: FolderProtocol,
+    net: Any,
+    needs: set[str],
+    scores: Mapping[str, tuple[_Score, str, str]],
+    mu: np.ndarray | None,
+    accelerator: Accelerator | None,
+) -> Seen:
+    def see(batch: Tensor, asked: list[str]) -> dict[str, np.ndarray]:
+        found = {group: score(batch, asked) for group, (score, _, _) in scores.items()}
+        if net is None:
+            return found
+        shown = _view(rules, batch)
+        if needs & {"logits", "spatial"}:
+            taps = net.taps(shown)
+            found |= {"features": taps["pool3"], **{k: taps[k] for k in ("logits", "spatial")}}
+        else:
+            found["features"] = net.features(shown)
+        if mu is not None and found["features"].shape[1:] != mu.shape:
+            raise ValueError(
+                f"the reference has {len(mu)} features, {net.name} has "
+                f"{found['features'].shape[1]}. Give the reference of this network"
+            )
+        return found
+
+    def look(rows: range, images: list[Tensor]) -> dict[str, np.ndarray]:
+        """Those of one size together: name -> float64 [B, ...]."""
+        whole: dict[str, np.ndarray] = {}
+        for shape in dict.fromkeys(image.shape for image in images):
+            at = [k for k, image in enumerate(images) if image.shape == shape]
+            asked = [prompts[rows.start + k] for k in at] if prompts else []
+            for key, part in see(torch.stack([images[k] for k in at]), asked).items():
+                whole.setdefault(key, np.zeros((len(images), *part.shape[1:])))[at] = part
+        return whole
+
+    def read(rows: range) -> list[Tensor]:
+        return [_image(file, rules.side) for file in files[rows.start : rows.stop]]
+
+    return walk(len(files), read, look, None, accelerator)
+
+
+def _image(file: Path, side: int) -> Tensor:
+    """uint8 [3, H, W]; grey is repeated (EDM)."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            mode, array = image.mode, np.array(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"cannot read image {file}: {error}. Draw it again") from error
+    if mode not in ("RGB", "L", "P"):
+        raise ValueError(f"{file} has the mode {mode}. Give 8-bit RGB or grey")
+    if side and array.shape[:2] != (side, side):
+        size = f"{array.shape[1]} x {array.shape[0]}"
+        raise ValueError(f"{file} has {size} pixels. This protocol judges {side} x {side}")
+    return torch.from_numpy(array).permute(2, 0, 1)
+
+
+def _view(rules: FolderProtocol, images: Tensor) -> Tensor:
+    """What the protocol does to both sides before the network's own resize."""
+    return getattr(pixels, rules.view[0])(images, rules.view[1]) if rules.view else images
+
+
+# ---- results ----------------------------------------------------------------------------
+
+
+def _facts(source: Weights) -> dict[str, Any]:
+    """Fields of a record that are the same for all folders."""
+    return {
+        "seeds": "not known",
+        "device": torch.device(source.device).type,
+        "versions": {p: version(p) for p in ("torch", "transformers", "open_clip_torch")},
+    }
+
+
+def _result(
+    folder: Path | str, protocol: str, began: float, rows: list, extra: dict, out: Path | None
+) -> dict[str, Any]:
+    result = {
+        "folder": str(folder), "protocol": protocol,
+        "seconds": round(time.perf_counter() - began, 2), "records": rows, **extra,
+    }  # fmt: skip
+    result = plain(result)
+    if out is not None:
+        write(out, result)
+    return result
