@@ -37,6 +37,7 @@ def model_card(info: Mapping[str, Any], *, stock: bool = True, lora: bool = Fals
         "data": info.get("data"),
         "steps": steps,
         "network called at times": ", ".join(f"{t:g}" for t in info["times"]),
+        "expert of each step": ", ".join(str(i + 1) for i in info.get("experts", ())),
         "noise between steps": info["renoise"] if steps > 1 else "none",
         "guidance": f"{info['guidance']:g} (off: the student needs none)",
         "training": _training(info.get("train") or {}),
@@ -123,6 +124,8 @@ def _call(info: Mapping[str, Any], stock: bool) -> tuple[str, str]:
             f"their own, and the stock scheduler refuses only step counts above {steps}."
         )
         return call, note
+    if info.get("experts"):
+        return call, "Its experts take turns inside `unet`, so diffdistill must be importable."
     note = (
         "No stock scheduler takes these steps, so diffdistill must be importable. Near equivalent "
         "without it: `pipe.scheduler = LCMScheduler(...)` with the teacher's betas and "

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -134,22 +134,50 @@ class Denoiser(nn.Module):
 
     def features(self, z: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """Activation [B, C, h, w] of `feature_layer`, float32; the rest of the net is not run."""
-        if self.feature_layer is None:
+        return self.tap(z, t, cond)[1][0]
+
+    def tap(
+        self,
+        z: Tensor,
+        t: Tensor,
+        cond: Cond | None = None,
+        layers: Sequence[str] = (),
+        *,
+        whole: bool = False,
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """(clean estimate, activations [B, C, h, w] of `layers`, float32) of one pass.
+
+        Args:
+            layers: names of sub-modules of `net`; none: `feature_layer`.
+            whole: run the net to its end; else only up to the layers, and the estimate is None.
+        """
+        if not (layers := tuple(layers) or ((self.feature_layer,) if self.feature_layer else ())):
             raise ValueError("this teacher names no feature_layer, which a discriminator needs")
-        found: list[Tensor] = []
+        found: dict[str, Tensor] = {}
 
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            found.append(output[0] if isinstance(output, tuple) else output)
-            raise _Reached
+        def hook_of(name: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+                found[name] = output[0] if isinstance(output, tuple) else output
+                if not whole and len(found) == len(layers):
+                    raise _Reached
 
-        handle = self.net.get_submodule(self.feature_layer).register_forward_hook(hook)
+            return hook
+
+        modules = {name: self.net.get_submodule(name) for name in layers}
+        handles = [m.register_forward_hook(hook_of(name)) for name, m in modules.items()]
+        out = None
         try:
-            self._call(z, t, cond)
+            out = self._call(z, t, cond)
         except _Reached:
             pass
         finally:
-            handle.remove()
-        return found[0].float()
+            for handle in handles:
+                handle.remove()
+        features = [found[name].float() for name in layers]
+        if out is None:
+            return None, features
+        with torch.autocast(z.device.type, enabled=False):
+            return self.to_x0(out.float(), z.float(), t), features
 
     def null_cond(self, like: Tensor) -> dict[str, Tensor]:
         """The unconditional condition for a batch of len(like)."""

@@ -367,9 +367,12 @@ class Engine:
         source = self.method.teacher if transition.source == "teacher" else None
         source = source if source is not None else self.roles[transition.source].module
         target = self.roles[transition.to]
-        values = dict(source.named_parameters())
-        for name, p in trainable(target.module):
-            p.copy_(values[name])
+        if transition.copy is not None:
+            transition.copy(source, target.module)
+        else:
+            values = dict(source.named_parameters())
+            for name, p in trainable(target.module):
+                p.copy_(values[name])
         if transition.reset_optimizer:
             target.optimizer.state.clear()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +22,11 @@ from diffusers import (
 from diffdistill.card import write_card
 from diffdistill.method import Sampler
 from diffdistill.pipelines.edm import EDMPipeline
+from diffdistill.pipelines.experts import ExpertUNet
 from diffdistill.pipelines.loading import INFO
 from diffdistill.pipelines.scheduler import FewStepScheduler
 
+UNet = UNet2DConditionModel | UNet2DModel
 SHARED = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
     "prediction_type", "rescale_betas_zero_snr",
@@ -36,7 +38,7 @@ def export_student(
     *,
     teacher_pipe: DiffusionPipeline,
     family: Literal["sd", "edm"],
-    weights: UNet2DConditionModel | UNet2DModel,
+    weights: UNet | Sequence[UNet],
     sampler: Sampler,
     info: Mapping[str, Any],
 ) -> Path:
@@ -44,12 +46,15 @@ def export_student(
 
     Args:
         weights: the student's network. One with LoRA adapters (`add_adapter`) is stored fused,
-            and as the adapter that `load_lora_weights` accepts.
+            and as the adapter that `load_lora_weights` accepts. Several networks are the experts
+            of `sampler.experts`; they are stored as one that asks the right one at each time.
         info: what the card and diffdistill.json say beyond the sampler (teacher, method, ...).
     """
     folder = Path(folder)
-    lora = bool(getattr(weights, "peft_config", None))
-    net = _fused(weights) if lora else weights
+    nets = list(weights) if isinstance(weights, Sequence) else [weights]
+    lora = bool(getattr(nets[0], "peft_config", None))
+    fused = [_fused(n) if lora else n for n in nets]
+    net = fused[0] if len(nets) == 1 else ExpertUNet.of(fused, sampler, family)
     if family == "sd":
         scheduler = few_step_scheduler(teacher_pipe.scheduler, sampler)
         parts = {**teacher_pipe.components, "unet": net, "scheduler": scheduler}
@@ -67,11 +72,13 @@ def export_student(
         "name": folder.resolve().name, "guidance": 0, **info, "kind": "student", "family": family,
         "steps": len(sampler.times), "times": list(sampler.times), "renoise": sampler.renoise,
     }  # fmt: skip
+    if len(nets) > 1:
+        full["experts"] = list(sampler.experts)
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     pipe.save_pretrained(aside)
-    if lora:
-        _save_adapter(weights, aside)
+    if lora and len(nets) == 1:
+        _save_adapter(nets[0], aside)
     (aside / INFO).write_text(json.dumps(full, indent=1))
     write_card(aside, full)
     _replace(folder, aside)

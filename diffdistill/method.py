@@ -66,12 +66,16 @@ class Update:
 
 @dataclass(frozen=True)
 class Transition:
-    """At the start of step `at`, role `to` takes the weights of role `source` (or "teacher")."""
+    """At the start of step `at`, role `to` takes the weights of role `source` (or "teacher").
+
+    `copy(source, to)` says how, if not parameter by parameter.
+    """
 
     at: int
     source: str
     to: str
     reset_optimizer: bool = True
+    copy: Callable[[nn.Module, nn.Module], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,10 +95,12 @@ class Sampler:
 
     renoise "fresh": z = alpha x0 + sigma eps' with new noise (LCM, DMD2, consistency models).
     renoise "ode": the implied noise is kept (DDIM).
+    experts: which of the method's students each step asks; none: the only one.
     """
 
     times: tuple[float, ...]
     renoise: Literal["fresh", "ode"] = "fresh"
+    experts: tuple[int, ...] = ()
 
 
 @dataclass
@@ -148,7 +154,8 @@ class Method:
         return ()
 
     def sampler(self) -> Sampler:
-        """How the student samples: `student_steps` of the config, from its `conditioning_time`."""
+        """From the config: `student_steps`, and `conditioning_time`, `renoise` if it has them."""
         steps = getattr(self.cfg, "student_steps", 1)
         first = getattr(self.cfg, "conditioning_time", None)
-        return Sampler(student_times(self.schedule, steps, first))
+        renoise = getattr(self.cfg, "renoise", "fresh")
+        return Sampler(student_times(self.schedule, steps, first), renoise)

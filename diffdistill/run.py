@@ -253,9 +253,10 @@ def callbacks(
 
     @torch.no_grad()
     def student_grid(engine: Engine) -> None:
-        student = student_denoiser(engine)
+        students = student_denoisers(engine)
+        one = students if len(students) > 1 else students[0]
         with averaged(engine):
-            x = sample(student, student.schedule, noise, cond, engine.method.sampler())
+            x = sample(one, students[0].schedule, noise, cond, engine.method.sampler())
         tracker.images(engine.step, "student", teacher.to_images(x), 8)
 
     return (
@@ -275,10 +276,11 @@ def judging(cfg: RunConfig, teacher: Teacher, folder: Path, argv: list[str]) -> 
     return Every(cfg.evaluate.every, judge_now, at_start=False)
 
 
-def student_denoiser(engine: Engine) -> Denoiser:
-    module = engine.roles[engine.method.students[0]].module
-    assert isinstance(module, Denoiser)
-    return module
+def student_denoisers(engine: Engine) -> list[Denoiser]:
+    """The networks that sample: one, or the experts of `Sampler.experts`."""
+    modules = [engine.roles[name].module for name in engine.method.students]
+    assert all(isinstance(m, Denoiser) for m in modules)
+    return modules  # type: ignore[return-value]
 
 
 class averaged:
@@ -322,19 +324,19 @@ def export(cfg: RunConfig, engine: Engine, teacher: Teacher, folder: Path, argv:
     info = student_info(cfg, engine, teacher, argv)
     student = folder / "student"
     with averaged(engine):
-        denoiser = student_denoiser(engine)
+        nets = [d.net for d in student_denoisers(engine)]
         if teacher.family == "module":
             student.mkdir(exist_ok=True)
-            state = denoiser.net.state_dict()
-            tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-            save_file(tensors, student / "student.safetensors")
+            for name, net in zip(engine.method.students, nets, strict=True):
+                state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
+                save_file(state, student / f"{name}.safetensors")
             (student / "diffdistill.json").write_text(json.dumps(info, indent=1))
             return student
         from diffdistill.export import export_student
 
         export_student(
-            student, teacher_pipe=teacher.pipe, family=teacher.family, weights=denoiser.net.unet,
-            sampler=engine.method.sampler(), info=info,
+            student, teacher_pipe=teacher.pipe, family=teacher.family,
+            weights=[net.unet for net in nets], sampler=engine.method.sampler(), info=info,
         )  # fmt: skip
     return student
 
@@ -371,6 +373,7 @@ def student_info(
         "steps": len(sampler.times),
         "times": list(sampler.times),
         "renoise": sampler.renoise,
+        **({"experts": list(sampler.experts)} if sampler.experts else {}),
         "guidance": 0,
         "method": cfg.method_name,
         "paper": type(engine.method).paper,

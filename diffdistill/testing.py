@@ -142,9 +142,12 @@ def run_method(
 
 @torch.no_grad()
 def student_samples(engine: Engine, n: int, cond: Mapping[str, Tensor] | None = None) -> Tensor:
-    """Samples of the live student with its own sampler. float32 [n, ...]."""
-    student = engine.method.student
+    """Samples of the live student(s) with their own sampler. float32 [n, ...]."""
+    method = engine.method
+    students = [getattr(method, name) for name in method.students]
+    student = students[0]
     rng = torch.Generator().manual_seed(1)
-    sampler = engine.method.sampler()
+    sampler = method.sampler()
     noises = [torch.randn(n, *student.shape, generator=rng) for _ in sampler.times]
-    return sample(student, student.schedule, noises, cond or {}, sampler)
+    denoise = students if sampler.experts else student
+    return sample(denoise, student.schedule, noises, cond or {}, sampler)

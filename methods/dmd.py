@@ -20,13 +20,14 @@ from typing import Literal
 import torch
 
 from diffdistill.denoiser import guided
-from diffdistill.method import Batch, Method, MethodConfig, Needs, Sampler, Update
+from diffdistill.method import Batch, Method, MethodConfig, Needs, Update
 from diffdistill.parts import gan
+from diffdistill.parts.checks import check_student_input, check_times
 from diffdistill.parts.perceptual import distance
-from diffdistill.parts.rollout import sample, student_output
+from diffdistill.parts.rollout import sample, seen_samples, student_output
 from diffdistill.parts.score import dsm, matching_direction, uniform_times, vsd_surrogate
 from diffdistill.registry import register_method
-from diffdistill.schedules import add_noise, student_times
+from diffdistill.schedules import add_noise
 
 
 @dataclass
@@ -50,19 +51,14 @@ class Config(MethodConfig):
     t_high: float = 0.98
 
     def validate(self) -> None:
-        if self.student_input == "noise" and self.student_steps > 1:
-            raise ValueError(
-                f"method.student_input=noise is for one step, but method.student_steps="
-                f"{self.student_steps}. Use backward_sim or noised_data."
-            )
+        check_student_input(self.student_input, self.student_steps)
+        check_times(self.t_low, self.t_high)
         if self.regression > 0 and self.student_steps > 1:
             raise ValueError("method.regression trains one step; set method.student_steps=1")
         if self.regression_concat and (self.regression == 0 or self.ttur != 1):
             raise ValueError(
                 "method.regression_concat needs method.regression > 0 and method.ttur=1"
             )
-        if not 0 <= self.t_low < self.t_high <= 1:
-            raise ValueError(f"need 0 <= t_low < t_high <= 1, not {self.t_low}, {self.t_high}")
 
 
 @register_method("dmd")
@@ -91,10 +87,6 @@ class DMD(Method):
             Update("student", ("student",), self.student_loss, every=self.cfg.ttur),
             Update("fake_score", critics, self.fake_score_loss),
         )
-
-    def sampler(self) -> Sampler:
-        times = student_times(self.schedule, self.cfg.student_steps, self.cfg.conditioning_time)
-        return Sampler(times, self.cfg.renoise)
 
     def generate(self, batch: Batch):
         """Samples and their conditions."""
@@ -128,10 +120,7 @@ class DMD(Method):
         return losses
 
     def fake_score_loss(self, batch: Batch):
-        x, cond = batch.memo.pop("x", (None, None))
-        if x is None:
-            with torch.no_grad():
-                x, cond = self.generate(batch)
+        x, cond = seen_samples(batch, self.generate)
         t = uniform_times(self.schedule, x)
         losses = {"dsm": dsm(self.fake_score, x, torch.randn_like(x), t, cond)}
         if self.cfg.gan > 0:

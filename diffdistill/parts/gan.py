@@ -1,6 +1,8 @@
-"""Discriminator head on denoiser features, and the non-saturating losses of DMD2."""
+"""Discriminators on denoiser features: DMD2's head, SiDA's channel mean, and their losses."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +55,41 @@ def critic_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     return F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
 
 
+def r1(logits_of: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """0.5 mean |grad_z logit|^2 at real inputs (Mescheder et al., arXiv 1801.04406, Eq. 9).
+
+    Differentiates twice; attention needs precision.attention=math for that.
+    """
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(logits_of(z).sum(), z, create_graph=True)
+    return 0.5 * slope.square().flatten(1).sum(1).mean()
+
+
+def r1_approximate(real_logits: Tensor, shifted_logits: Tensor) -> Tensor:
+    """mean (logit of x - logit of x + small noise)^2 (Lin et al., arXiv 2501.08316)."""
+    return (real_logits - shifted_logits).square().mean()
+
+
 @torch.no_grad()
 def accuracy(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """Share of logits on the right side of zero; near 1 for long means the GAN is lost."""
     return 0.5 * ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean())
+
+
+def pooled_logits(feature: Tensor) -> Tensor:
+    """Channel means as logits, no parameters (SiDA, arXiv 2410.14919): [B, C, h, w] -> [B, h, w].
+
+    Tokens [B, N, C] give their mean over positions, [B, C] (SiD-DiT, arXiv 2509.25127).
+    """
+    return feature.mean(1)
+
+
+def generator_losses(fake_logits: Tensor) -> Tensor:
+    """softplus(-logit), the mean over each sample's map: [B, ...] -> [B]."""
+    return F.softplus(-fake_logits).flatten(1).mean(1)
+
+
+def critic_losses(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """BCE of reals plus BCE of fakes, per sample [B]: a weight must meet its own sample."""
+    return generator_losses(real_logits) + generator_losses(-fake_logits)

@@ -18,6 +18,12 @@ from diffdistill.method import Batch, Sampler
 from diffdistill.schedules import Schedule, add_noise, times
 
 Denoise = Callable[[Tensor, Tensor, Cond], Tensor]
+Students = Denoise | Sequence[Denoise]  # several: the sampler's `experts` says whose turn it is
+
+
+def expert(students: Students, sampler: Sampler, index: int) -> Denoise:
+    """The student that is called at step `index`."""
+    return students[sampler.experts[index]] if isinstance(students, Sequence) else students
 
 
 def start_noise(schedule: Schedule, eps: Tensor, t: float) -> Tensor:
@@ -35,7 +41,7 @@ def renoise(
 
 
 def sample(
-    denoise: Denoise,
+    denoise: Students,
     schedule: Schedule,
     noises: Sequence[Tensor],
     cond: Cond,
@@ -44,7 +50,7 @@ def sample(
     """The student's samples. noises: unit-variance start noise, then one per further step."""
     z = start_noise(schedule, noises[0], sampler.times[0])
     for i, t in enumerate(sampler.times):
-        x0 = denoise(z, times(t, z), cond)
+        x0 = expert(denoise, sampler, i)(z, times(t, z), cond)
         if i + 1 < len(sampler.times):
             z = renoise(schedule, x0, z, t, sampler.times[i + 1], sampler, noises[i + 1])
     return x0
@@ -52,12 +58,12 @@ def sample(
 
 @torch.no_grad()
 def backward_simulation(
-    denoise: Denoise, schedule: Schedule, eps: Tensor, cond: Cond, sampler: Sampler, index: int
+    denoise: Students, schedule: Schedule, eps: Tensor, cond: Cond, sampler: Sampler, index: int
 ) -> Tensor:
     """The student's own input at step `index` (DMD2, Sec. 4.5), with fresh noise; no gradient."""
     z = start_noise(schedule, eps, sampler.times[0])
-    for t, s in zip(sampler.times[:index], sampler.times[1 : index + 1], strict=True):
-        x0 = denoise(z, times(t, z), cond)
+    for i, (t, s) in enumerate(zip(sampler.times[:index], sampler.times[1:], strict=False)):
+        x0 = expert(denoise, sampler, i)(z, times(t, z), cond)
         z = renoise(schedule, x0, z, t, s, sampler, torch.randn_like(eps))
     return z
 
@@ -68,17 +74,29 @@ def student_output(
     batch: Batch,
     sampler: Sampler,
     source: str = "backward_sim",
+    index: int | None = None,
 ) -> Tensor:
     """One clean estimate of the student at a random one of its steps (DMD2, Sec. 4.5).
 
-    The step index agrees on all processes. source "noised_data" noises real data instead of
-    simulating. Gradients flow through the last call only.
+    The step index agrees on all processes, unless `index` gives it. source "noised_data" noises
+    real data instead of simulating. Gradients flow through the last call only.
     """
     eps = torch.randn(batch.size, *batch.shape, device=batch.device)
-    index = batch.randint(len(sampler.times))
+    index = batch.randint(len(sampler.times)) if index is None else index
     t = times(sampler.times[index], eps)
     if source == "noised_data" and index > 0:
         z = add_noise(schedule, batch.x, eps, t)
     else:
         z = backward_simulation(denoise, schedule, eps, batch.cond, sampler, index)
     return denoise(z, t, batch.cond)
+
+
+def seen_samples(
+    batch: Batch, generate: Callable[[Batch], tuple[Tensor, Cond]]
+) -> tuple[Tensor, Cond]:
+    """What the student's update of this step left in the memo (its samples from before that
+    update, and their conditions), else fresh ones; no gradient."""
+    if "x" in batch.memo:
+        return batch.memo.pop("x")
+    with torch.no_grad():
+        return generate(batch)

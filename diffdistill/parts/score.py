@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.schedules import Schedule, add_noise, bcast
 
 Denoise = Callable[[Tensor, Tensor, Cond], Tensor]
+Times = Literal["uniform", "lognormal"]
 
 
 def dsm(
@@ -21,17 +23,23 @@ def dsm(
     t: Tensor,
     cond: Cond,
     *,
+    min_weight: float = 0.0,
     max_weight: float = math.inf,
+    factor: Tensor | None = None,
+    predict: Denoise | None = None,
 ) -> Tensor:
     """Denoising score matching with the weight that trained the network (DMD, Sec. 3.2).
 
     mean over batch and elements of w(t) |D(alpha x + sigma eps, t) - x|^2; x is detached. For eps
-    networks w is the SNR, and `max_weight` is the gamma of min-SNR weighting (arXiv 2303.09556).
+    networks w is the SNR: `max_weight` is the gamma of min-SNR weighting (arXiv 2303.09556), and
+    `min_weight` the floor of truncated-SNR weighting (there 1; arXiv 2202.00512, Sec. 4). `factor`
+    [B] multiplies w; `predict` is regressed instead of D itself (the guided D, say).
     """
     x = x.detach()
     z = add_noise(denoiser.schedule, x, eps, t)
-    weight = bcast(denoiser.loss_weight(t).clamp(max=max_weight), x)
-    return (weight * (denoiser(z, t, cond) - x).square()).mean()
+    weight = bcast(denoiser.loss_weight(t).clamp(min_weight, max_weight), x)
+    weight = weight if factor is None else weight * bcast(factor, x)
+    return (weight * ((predict or denoiser)(z, t, cond) - x).square()).mean()
 
 
 @torch.no_grad()
@@ -60,3 +68,18 @@ def uniform_times(schedule: Schedule, like: Tensor, low: float = 0.0, high: floa
     first, last = round(low * n), min(round(high * n), n - 1)
     index = torch.randint(first, last + 1, (len(like),), device=like.device)
     return grid.to(like.device)[index]
+
+
+def lognormal_times(schedule: Schedule, like: Tensor, mean: float, std: float) -> Tensor:
+    """Times with ln(sigma / alpha) ~ N(mean, std^2), as EDM trains. float64 [B].
+
+    A logit-normal time of a flow, t = sigmoid(N(mean, std^2)), is the same draw.
+    """
+    normal = torch.randn(len(like), dtype=torch.float64, device=like.device)
+    return schedule.t_of_ratio((mean + std * normal).exp())
+
+
+def draw_times(kind: Times, schedule: Schedule, like: Tensor, *limits: float) -> Tensor:
+    """`uniform_times` (limits: low, high) or `lognormal_times` (limits: mean, std)."""
+    draw = lognormal_times if kind == "lognormal" else uniform_times
+    return draw(schedule, like, *limits)
