@@ -45,8 +45,10 @@ class EDMPipeline(DiffusionPipeline):
 
     def denoiser(self) -> Denoiser:
         """D(z, sigma, label) of the network."""
-        c = self.config
-        return edm_denoiser(self.unet, size=c.size, fold=c.fold, sigma_data=c.sigma_data)
+        c, low = self.config, getattr(self.scheduler.config, "sigma_min", EDM.t_min)
+        return edm_denoiser(
+            self.unet, size=c.size, fold=c.fold, sigma_data=c.sigma_data, sigma_min=low
+        )
 
     @torch.no_grad()
     def __call__(
@@ -86,7 +88,7 @@ class EDMPipeline(DiffusionPipeline):
         scale = 1.0 if guidance_scale in (None, 0, 1) else float(guidance_scale)  # type: ignore[arg-type]
         denoise, cond = guided(net, scale), {"label": label}
         if isinstance(self.scheduler, HeunEDMScheduler):
-            x = heun(denoise, EDM(), eps, cond, len(self.scheduler.timesteps))
+            x = heun(denoise, net.schedule, eps, cond, len(self.scheduler.timesteps))
         else:
             x = eps * self.scheduler.init_noise_sigma
             for t in self.progress_bar(self.scheduler.timesteps.tolist()):

@@ -118,20 +118,26 @@ class HeunEDMScheduler(SchedulerMixin, ConfigMixin):
     """Marks an EDM teacher: Heun's method on Karras sigmas (arXiv 2206.00364, Alg. 1).
 
     The steps are taken by `diffdistill.parts.ode.heun`, since each needs two network calls.
+
+    Args:
+        steps: default number of steps.
+        sigma_min: the last network call is at this noise level. Below it a network must amplify
+            the noise that it removes, and small networks do that badly.
     """
 
     order = 2
 
     @register_to_config
-    def __init__(self, steps: int = 18):
-        self.steps = steps
+    def __init__(self, steps: int = 18, sigma_min: float = EDM.t_min):
+        self.steps, self.sigma_min = steps, sigma_min
         self.init_noise_sigma = EDM().start_scale(EDM().t_max)
         self.set_timesteps()
 
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: str | torch.device | None = None
     ) -> None:
-        self.timesteps = karras(num_inference_steps or self.steps).to(device)
+        steps = num_inference_steps or self.steps
+        self.timesteps = karras(steps, self.sigma_min).to(device)
 
 
 def untrained_steps(given: int | None, trained: int) -> str:

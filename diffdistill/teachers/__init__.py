@@ -133,14 +133,8 @@ def _adapt(pipe: Any, info: dict[str, Any]) -> Teacher:
             pipe=pipe, info=info,
         )  # fmt: skip
     elif kind == "EDMPipeline":
-        from diffdistill.teachers import unet
-
-        config = pipe.config
-        denoiser = unet.edm_denoiser(
-            pipe.unet, size=config.size, fold=config.fold, sigma_data=config.sigma_data
-        )
         teacher = Teacher(
-            info["name"], "edm", denoiser,
+            info["name"], "edm", pipe.denoiser(),
             encode=lambda labels: {"label": torch.as_tensor(labels).long()},
             to_x=lambda images: images.float() / 127.5 - 1,
             to_images=to_uint8, pipe=pipe, info=info,

@@ -41,12 +41,14 @@ class EDMNet(nn.Module):
         return wide(c_skip) * z + wide(c_out) * out
 
 
-def edm_denoiser(unet: UNet2DModel, *, size: int, fold: int, sigma_data: float) -> Denoiser:
+def edm_denoiser(
+    unet: UNet2DModel, *, size: int, fold: int, sigma_data: float, sigma_min: float = EDM.t_min
+) -> Denoiser:
     """The teacher interface of a class-conditional EDM UNet; the last class is the null class."""
     null = torch.tensor([unet.config.num_class_embeds - 1])
     return Denoiser(
         EDMNet(unet, size=size, fold=fold, sigma_data=sigma_data),
-        EDM(),
+        EDM(t_min=sigma_min),
         "x0",
         shape=(unet.config.in_channels // fold**2, size, size),
         null_cond={"label": null},
