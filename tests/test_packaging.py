@@ -232,3 +232,8 @@ print(compose(["recipe=quickstart"])[0].run.name, assets.root())
     assert result.returncode == 0, result.stderr
     assert result.stdout.split()[0] == "quickstart"
     assert Path(result.stdout.split()[1]).is_absolute()
+
+
+def test_no_shipped_config_names_the_folder_it_was_loaded_from():
+    for file in ROOT.glob("assets/**/*.json"):
+        assert "_name_or_path" not in file.read_text(), file

@@ -247,7 +247,14 @@ def fashion_edm(settings: Settings, folder: Path, accelerator: Accelerator, trai
     train("diffusion", method, denoiser, stream, settings["diffusion"], folder, accelerator)
     out = folder / "teachers" / "fashion-edm"
     unet.half()
-    pipe = EDMPipeline(unet, HeunEDMScheduler(), size=28, fold=2, sigma_data=0.5, num_classes=10)
+    pipe = EDMPipeline(
+        unet,
+        HeunEDMScheduler(sigma_min=settings["sigma_min"]),
+        size=28,
+        fold=2,
+        sigma_data=0.5,
+        num_classes=10,
+    )
     pipe.save_pretrained(out)
     _card(
         out,
