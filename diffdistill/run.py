@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import platform
@@ -411,9 +412,16 @@ def device_name(device: torch.device) -> str:
 
 
 def launched() -> Accelerator:
-    """The processes of this launch; without cpu=True those of a machine without a GPU are strangers
-    to each other under torchrun."""
-    return Accelerator(cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available())
+    """The processes of this launch.
+
+    Without cpu=True those of a machine without a GPU are strangers to each other under torchrun.
+    A process that ends while its group's threads run may abort, so the group is left at exit.
+    """
+    cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
+    accelerator = Accelerator(cpu=cpu)
+    if accelerator.num_processes > 1:
+        atexit.register(accelerator.state.destroy_process_group)
+    return accelerator
 
 
 def set_threads(threads: int, accelerator: Accelerator) -> None:

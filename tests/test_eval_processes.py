@@ -92,16 +92,16 @@ import faulthandler, json, sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
 sys.path.insert(0, sys.argv[2])
 import stubs
 from diffdistill.eval.evaluate import evaluate
 from diffdistill.eval.folder import evaluate_folder
+from diffdistill.run import launched
 
 faulthandler.dump_traceback_later(60, exit=True)  # a hang says where, and leaves no process
 torch.set_num_threads(1)
-accelerator, out = Accelerator(cpu=True), Path(sys.argv[1])
+accelerator, out = launched(), Path(sys.argv[1])
 world, rank = accelerator.num_processes, accelerator.process_index
 stubs.install(int(sys.argv[3]))
 whole, few, rest = stubs.Stub(), stubs.Stub(), stubs.Stub()
