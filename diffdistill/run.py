@@ -156,12 +156,11 @@ def make_roles(method: Method, teacher: Denoiser, lora_rank: int = 0) -> dict[st
     """Build every trained network as the method asks for it."""
     roles: dict[str, nn.Module] = {}
     for name, init in method.roles().items():
-        if init != "teacher":
-            roles[name] = init(teacher)
-        elif lora_rank and name in method.students:
-            roles[name] = with_lora(teacher, lora_rank)
+        own = None if isinstance(init, str) else init(teacher)
+        if lora_rank and name in method.students:
+            roles[name] = with_lora(teacher if own is None else own, lora_rank)
         else:
-            roles[name] = teacher.clone()
+            roles[name] = teacher.clone() if own is None else own
     return roles
 
 
