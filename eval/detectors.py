@@ -18,6 +18,7 @@ Weights are a local folder, or are downloaded when that is asked for. Classes ar
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +64,7 @@ BACKENDS = (*SOURCES, "shapes")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Network:
+class _Network(ABC):
     """What the back ends that are networks have in common."""
 
     net: Any
@@ -87,8 +88,8 @@ class _Network:
             found = [self._detect(image, classes or self.classes) for image in images]
         return [sorted(f, key=lambda d: -d.score) for f in found]
 
-    def _detect(self, image: Tensor, classes: Sequence[str]) -> list[Detection]:
-        raise NotImplementedError
+    @abstractmethod
+    def _detect(self, image: Tensor, classes: Sequence[str]) -> list[Detection]: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -249,7 +249,8 @@ def write_teacher_rows(name: str) -> Path:
         rows.append(row)
         print(name, steps, {r["metric"]: round(r["value"], 4) for r in row["records"]}, flush=True)
     path = assets.path("reference", f"{name}.json")
-    path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    made_with = generator.info["weights"]
+    path.write_text(json.dumps({"weights": made_with, "rows": rows}, indent=1) + "\n")
     return path
 
 

@@ -40,7 +40,7 @@ from diffdistill.parts.matching import Normaliser, sample_weight, score_identity
 from diffdistill.parts.rollout import student_output
 from diffdistill.parts.score import Times, draw_times, dsm, uniform_times
 from diffdistill.registry import register_method
-from diffdistill.schedules import add_noise
+from diffdistill.schedules import add_noise, bcast
 
 
 @dataclass
@@ -151,7 +151,7 @@ class SiD(Method):
             fake = found["logits"]
             bce = gan.critic_losses(real, fake) / 2
             if cfg.gan_weight == "dsm":  # the papers sum the matching loss over elements
-                bce = bce * self.fake_score.loss_weight(t).to(bce) / x[0].numel()
+                bce = bce * bcast(self.fake_score.loss_weight(t), bce) / x[0].numel()
             losses["gan"] = cfg.gan_critic * bce.mean()
             losses["_accuracy"] = gan.accuracy(real, fake)
         return losses

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from diffdistill import assets
+from diffdistill.checkpoint import sha256
 from diffdistill.data import shapes
 from diffdistill.eval import clip, fid, geneval, kid, metrics, prdc, protocols, shapes_detector
 from diffdistill.eval.evaluate import GROUPS, evaluate
@@ -196,3 +198,13 @@ def test_missing_files_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"shapes-v1.npz is missing"):
         protocols.reference("shapes-v1")
     assert protocols.teacher_rows("shapes-v1") == []
+
+
+@pytest.mark.parametrize("name", protocols.PROTOCOLS)
+def test_teacher_rows_and_card_are_those_of_the_shipped_weights(name):
+    folder = assets.path("teachers", protocols.get(name).teacher)
+    said = json.loads((folder / "diffdistill.json").read_text())["weights"]
+    files = sorted(folder.rglob("*.safetensors"))
+    assert said == {str(f.relative_to(folder)): sha256(f)[:12] for f in files}
+    rows = json.loads(assets.path("reference", f"{name}.json").read_text())
+    assert rows["weights"] == said

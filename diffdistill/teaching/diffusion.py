@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffdistill.method import Batch, Method, MethodConfig, Update
-from diffdistill.parts.score import dsm, uniform_times
+from diffdistill.parts.score import Times, draw_times, dsm, uniform_times
 
 
 class PromptNet(nn.Module):
@@ -45,11 +44,11 @@ class PromptNet(nn.Module):
 @dataclass
 class Config(MethodConfig):
     cond_dropout: float = 0.1  # share of samples that see the null condition
-    times: Literal["lognormal", "uniform"] = "uniform"
+    times: Times = "uniform"
     p_mean: float = -1.2  # of log sigma; EDM Tab. 1
     p_std: float = 1.2
-    min_weight: float = 0.0  # of |D - x|^2; truncated SNR, arXiv 2202.00512: 1
     focus: tuple[float, float] | None = None  # half of the times lie in this part of the grid
+    min_weight: float = 0.0  # of |D - x|^2; truncated SNR, arXiv 2202.00512: 1
     max_weight: float = float("inf")  # min-SNR gamma, arXiv 2303.09556: 5
     reading: float = 0.0  # weight of the text tower's own task, with extra["facts"]
 
@@ -64,24 +63,21 @@ class Diffusion(Method):
         return (Update("teacher", ("student",), self.loss),)
 
     def loss(self, batch: Batch):
-        x = batch.x
-        if self.cfg.times == "lognormal":
-            log_sigma = torch.randn(len(x), dtype=torch.float64, device=x.device)
-            t = self.schedule.t_of_ratio((self.cfg.p_std * log_sigma + self.cfg.p_mean).exp())
-        else:
-            t = uniform_times(self.schedule, x)
-            if self.cfg.focus is not None:
-                near = uniform_times(self.schedule, x, *self.cfg.focus)
-                t = torch.where(torch.rand(len(x), device=x.device) < 0.5, near, t)
-        drop = torch.rand(len(x), device=x.device) < self.cfg.cond_dropout
+        cfg, x = self.cfg, batch.x
+        limits = (cfg.p_mean, cfg.p_std) if cfg.times == "lognormal" else ()
+        t = draw_times(cfg.times, self.schedule, x, *limits)
+        if cfg.focus is not None:
+            near = uniform_times(self.schedule, x, *cfg.focus)
+            t = torch.where(torch.rand(len(x), device=x.device) < 0.5, near, t)
+        drop = torch.rand(len(x), device=x.device) < cfg.cond_dropout
         null = self.student.null_cond(x)
         cond = {
             k: torch.where(drop.view(-1, *[1] * (v.ndim - 1)), null[k].to(v.dtype), v)
             for k, v in batch.cond.items()
         }
-        limits = {"min_weight": self.cfg.min_weight, "max_weight": self.cfg.max_weight}
-        losses = {"dsm": dsm(self.student, x, torch.randn_like(x), t, cond, **limits)}
-        if self.cfg.reading > 0:
+        weights = {"min_weight": cfg.min_weight, "max_weight": cfg.max_weight}
+        losses = {"dsm": dsm(self.student, x, torch.randn_like(x), t, cond, **weights)}
+        if cfg.reading > 0:
             told = self.student.net.reading_loss(batch.cond["text"], batch.extra["facts"])
-            losses["reading"] = self.cfg.reading * told
+            losses["reading"] = cfg.reading * told
         return losses

@@ -34,8 +34,8 @@ def shapes_sd(settings: Settings, folder: Path, accelerator: Accelerator, train:
     """The judge `shapes-clip` and the teacher `shapes-sd`, which share the text tower.
 
     CLIP; autoencoder; UNet and text tower together; then CLIP again with the text tower locked.
-    Neither contrast nor denoising alone taught what "left of" means within 10,000 steps, so the
-    tower also learns to tell the facts of a caption (`PromptNet.reading_loss`).
+    Denoising alone had not taught what "left of" means after 6,000 joint steps, so the tower also
+    learns to tell the facts of a caption (`PromptNet.reading_loss`).
     """
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
