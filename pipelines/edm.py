@@ -10,7 +10,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from diffdistill.denoiser import Denoiser, guided
-from diffdistill.parts.ode import heun
+from diffdistill.parts.guidance import within
+from diffdistill.parts.ode import Churn, heun
 from diffdistill.pipelines.scheduler import FewStepScheduler, HeunEDMScheduler
 from diffdistill.schedules import EDM
 from diffdistill.schedules import times as times_like
@@ -88,7 +89,14 @@ class EDMPipeline(DiffusionPipeline):
         scale = 1.0 if guidance_scale in (None, 0, 1) else float(guidance_scale)  # type: ignore[arg-type]
         denoise, cond = guided(net, scale), {"label": label}
         if isinstance(self.scheduler, HeunEDMScheduler):
-            x = heun(denoise, net.schedule, eps, cond, len(self.scheduler.timesteps))
+            c = self.scheduler.config
+            draw = lambda y: randn_tensor(  # noqa: E731
+                y.shape, generator=generator, device=y.device, dtype=y.dtype
+            )
+            churn = Churn(c.s_churn, c.s_tmin, c.s_tmax, c.s_noise, draw)
+            denoise = within(net, denoise, c.guidance_tmin, c.guidance_tmax)
+            steps = len(self.scheduler.timesteps)
+            x = heun(denoise, net.schedule, eps, cond, steps, churn=churn)
         else:
             x = eps * self.scheduler.init_noise_sigma
             for t in self.progress_bar(self.scheduler.timesteps.tolist()):

@@ -115,7 +115,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
 
 
 class HeunEDMScheduler(SchedulerMixin, ConfigMixin):
-    """Marks an EDM teacher: Heun's method on Karras sigmas (arXiv 2206.00364, Alg. 1).
+    """Marks an EDM teacher: Heun's method on Karras sigmas (arXiv 2206.00364, Alg. 1 and 2).
 
     The steps are taken by `diffdistill.parts.ode.heun`, since each needs two network calls.
 
@@ -123,12 +123,24 @@ class HeunEDMScheduler(SchedulerMixin, ConfigMixin):
         steps: default number of steps.
         sigma_min: the last network call is at this noise level. Below it a network must amplify
             the noise that it removes, and small networks do that badly.
+        s_churn, s_tmin, s_tmax, s_noise: the stochastic sampler of Alg. 2; s_churn=0 turns it off.
+        guidance_tmin, guidance_tmax: noise levels at which guidance acts (arXiv 2404.07724).
     """
 
     order = 2
 
     @register_to_config
-    def __init__(self, steps: int = 18, sigma_min: float = EDM.t_min):
+    def __init__(
+        self,
+        steps: int = 18,
+        sigma_min: float = EDM.t_min,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = EDM.t_max,
+        s_noise: float = 1.0,
+        guidance_tmin: float = 0.0,
+        guidance_tmax: float = EDM.t_max,
+    ):
         self.steps, self.sigma_min = steps, sigma_min
         self.init_noise_sigma = EDM().start_scale(EDM().t_max)
         self.set_timesteps()

@@ -8,7 +8,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 
 from diffdistill.export import export_student
 from diffdistill.method import Sampler
-from diffdistill.parts.ode import heun
+from diffdistill.parts.ode import Churn, heun
 from diffdistill.pipelines.edm import EDMPipeline
 from diffdistill.pipelines.loading import Generator, load_pipeline, load_student
 from diffdistill.pipelines.scheduler import FewStepScheduler, HeunEDMScheduler
@@ -95,6 +95,37 @@ def test_teacher_samples_with_heun_from_each_samples_own_noise(tmp_path):
         pipe(labels, latents=eps[:2])
     other = pipe(labels, num_inference_steps=2, generator=gens(seeds), output_type="pt").images
     assert (other - got).abs().max() > 1e-3
+
+
+def test_churn_adds_the_noise_of_algorithm_2():
+    pipe = edm_pipe(steps=3)
+    labels, seeds = [3, 7, 1], [11, 12, 13]
+    plain = pipe(labels, generator=gens(seeds), output_type="pt").images
+    pipe.scheduler = HeunEDMScheduler(3, s_churn=1.0, s_tmin=0.01, s_tmax=5.0, s_noise=0.9)
+    got = pipe(labels, generator=gens(seeds), output_type="pt").images
+    assert (got - plain).abs().max() > 1e-3
+    alone = pipe(labels[1:2], generator=gens(seeds[1:2]), output_type="pt").images
+    torch.testing.assert_close(alone, got[1:2], atol=1e-4, rtol=0)
+    ones = torch.ones(2, 1)
+    churn = Churn(1.0, 0.5, 5.0, 0.9, torch.ones_like)
+    y, ratio = churn(ones, torch.tensor(2.0, dtype=torch.float64), 5)
+    assert ratio == pytest.approx(2.4)
+    torch.testing.assert_close(y, ones + 0.9 * (2.4**2 - 2**2) ** 0.5)
+    same, ratio = churn(ones, torch.tensor(5.1, dtype=torch.float64), 5)
+    assert ratio == 5.1
+    assert same is ones
+
+
+def test_guidance_acts_between_its_noise_levels():
+    pipe = edm_pipe(steps=3)
+    call = lambda: pipe([3], guidance_scale=4.0, generator=gens([0]), output_type="pt").images  # noqa: E731
+    full = call()
+    pipe.scheduler = HeunEDMScheduler(3, guidance_tmin=81.0)
+    none = call()
+    plain = pipe([3], generator=gens([0]), output_type="pt").images
+    torch.testing.assert_close(none, plain)
+    pipe.scheduler = HeunEDMScheduler(3, guidance_tmin=0.001, guidance_tmax=81.0)
+    torch.testing.assert_close(call(), full)
 
 
 def test_teacher_guidance_is_applied():

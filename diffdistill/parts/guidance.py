@@ -26,6 +26,11 @@ def with_guidance(denoiser: Denoiser, scale: float | Tensor) -> Denoise:
     return unconditional(denoiser) if scale == 0 else guided(denoiser, scale)
 
 
+def within(plain: Denoise, guided: Denoise, low: float, high: float) -> Denoise:
+    """`guided` at times in [low, high], else `plain` (arXiv 2404.07724); a batch has one time."""
+    return lambda z, t, cond: (guided if low <= t[0].item() <= high else plain)(z, t, cond)
+
+
 def unconditional(denoiser: Denoiser) -> Denoise:
     """D with the null condition, whatever the condition. ValueError: the teacher has none."""
     if not denoiser.null:
