@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,49 @@ def gaussian(
     m = torch.tensor(mean)
     s = torch.as_tensor(std, dtype=torch.float32).expand_as(m).clone()
     return Denoiser(GaussianNet(m, s, schedule), schedule, "x0", shape=(len(mean),))
+
+
+class MixtureNet(nn.Module):
+    """The exact denoiser of an even mixture of N(means[k], std^2 I), and a correction that learns.
+
+    D(z, t) = sum_k w_k (means_k + g (z - alpha means_k)),  v = alpha^2 std^2 + sigma^2,
+    g = alpha std^2 / v,  w = softmax over k of -|z - alpha means_k|^2 / 2v.
+    The correction starts at zero: a copy of the teacher is exact, and can become a student or a
+    fake score.
+    """
+
+    means: Tensor  # [K, d]
+
+    def __init__(self, means: Tensor, std: float, schedule: Schedule, width: int = 64):
+        super().__init__()
+        self.register_buffer("means", means)
+        self.std, self.schedule = std, schedule
+        inputs, outputs = means.shape[1] + 1, means.shape[1]
+        self.correction = nn.Sequential(
+            nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+            nn.Linear(width, width), nn.SiLU(), nn.Linear(width, outputs),
+        )  # fmt: skip
+        nn.init.zeros_(self.correction[-1].weight)
+        nn.init.zeros_(self.correction[-1].bias)
+
+    def forward(self, z: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+        alpha, sigma = bcast(self.schedule.alpha(t), z), bcast(self.schedule.sigma(t), z)
+        var = alpha.square() * self.std**2 + sigma.square()
+        gaps = z[:, None] - alpha[..., None] * self.means
+        weights = (-gaps.square().sum(-1) / (2 * var)).softmax(1)[..., None]
+        exact = (weights * (self.means + (alpha * self.std**2 / var)[..., None] * gaps)).sum(1)
+        scale = (alpha.square() + sigma.square()).rsqrt()
+        inputs = torch.cat([scale * z, (sigma / alpha).log() / 4], 1)
+        return exact + scale * sigma * self.correction(inputs)
+
+
+def mixture(
+    means: Sequence[tuple[float, ...]], std: float, schedule: Schedule | None = None
+) -> Denoiser:
+    """A teacher whose data are an even mixture of N(means[k], std^2 I); its copies can learn."""
+    schedule = schedule or EDM()
+    net = MixtureNet(torch.tensor(means), std, schedule)
+    return Denoiser(net, schedule, "x0", shape=(len(means[0]),), sigma_data=1.0)
 
 
 class PredictionNet(nn.Module):

@@ -2,7 +2,8 @@
 
 Two numbers of the same metric can be compared if they were made under one protocol. `PROTOCOLS` are
 those of the embedded worlds: their reference statistics are assets/reference/<protocol>.npz, the
-teacher's own rows <protocol>.json beside. `FOLDERS` are those of papers, for folders of images.
+teacher's own rows <protocol>.json beside, and <protocol>-guidance.json its curve over guidance
+scales, if it has been measured. `FOLDERS` are those of papers, for folders of images.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from diffdistill.eval import fid
 from diffdistill.eval.features import FashionClassifier, ShapesClip
 from diffdistill.registry import unknown
 
+SCALES = (1.0, 1.4, 2.0, 3.0, 4.5, 7.0)  # of guidance, on a teacher's curve
 STORED = 5000  # reference features that are kept, for the kernel distance and neighbour metrics
 
 
@@ -238,30 +241,84 @@ def teacher_rows(name: str) -> list[dict[str, Any]]:
 
 def write_teacher_rows(name: str) -> Path:
     """Evaluate the protocol's teacher at 1, 2, 4 and its default number of steps."""
-    from diffdistill.eval.evaluate import evaluate
     from diffdistill.pipelines.loading import load_pipeline
 
     generator = load_pipeline(get(name).teacher)
-    rows = []
-    for steps in (1, 2, 4, generator.info["steps"]):
-        row = evaluate(generator, steps=steps)
-        row.pop("verdicts", None)
-        rows.append(row)
-        print(name, steps, {r["metric"]: round(r["value"], 4) for r in row["records"]}, flush=True)
+    rows = [_row(generator, steps=steps) for steps in (1, 2, 4, generator.info["steps"])]
     path = assets.path("reference", f"{name}.json")
     made_with = generator.info["weights"]
     path.write_text(json.dumps({"weights": made_with, "rows": rows}, indent=1) + "\n")
     return path
 
 
-def main() -> None:
-    """python -m diffdistill.eval.protocols [PROTOCOL ...]: remake references and teacher rows."""
-    import sys
+def write_curve(name: str, scales: Sequence[float] = SCALES) -> Path:
+    """Evaluate the protocol's teacher at its default number of steps over guidance scales.
 
-    for name in sys.argv[1:] or PROTOCOLS:
-        print(write_reference(name), reference(name).floor)
-        print(write_teacher_rows(name))
+    Each scale is stored as soon as it is measured; what this file and the teacher rows hold of the
+    same weights and reference is kept. So the same command continues, and more scales add to it.
+    """
+    from diffdistill.eval.evaluate import write
+    from diffdistill.pipelines.loading import load_pipeline
+
+    if odd := [scale for scale in scales if not 1 <= scale < math.inf]:
+        raise ValueError(f"guidance {odd[0]:g}. Allowed: 1 (none) or more")
+    generator = load_pipeline(get(name).teacher)
+    steps, made_with = generator.info["steps"], generator.info["weights"]
+    path = assets.path("reference", f"{name}-guidance.json")
+    rows: dict[float, dict[str, Any]] = {}
+    for file in (assets.path("reference", f"{name}.json"), path):
+        stored = json.loads(file.read_text()) if file.is_file() else {"weights": None}
+        if stored["weights"] == made_with:
+            for row in stored["rows"]:
+                first = row["records"][0]
+                if row["steps"] == steps and first["reference"] == reference(name).digest:
+                    rows[first["guidance"]] = row
+    for scale in sorted({float(s) for s in scales}):
+        if scale not in rows:
+            rows[scale] = _row(generator, guidance=scale)
+        write(path, {"weights": made_with, "rows": [rows[g] for g in sorted(rows)]})
+    return path
+
+
+def _row(generator: Any, **how: Any) -> dict[str, Any]:
+    """The teacher's evaluation, as it ships."""
+    from diffdistill.eval.evaluate import evaluate
+
+    row = evaluate(generator, **how)
+    row.pop("verdicts", None)
+    values = {r["metric"]: round(r["value"], 4) for r in row["records"]}
+    print(row["protocol"], how, values, flush=True)
+    return row
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """python -m diffdistill.eval.protocols [--curve] [PROTOCOL ...]"""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="python -m diffdistill.eval.protocols",
+        description="Remake references and teacher rows, or the teacher's curve over guidance.",
+    )
+    parser.add_argument("protocols", nargs="*", default=[*PROTOCOLS], metavar="PROTOCOL")
+    parser.add_argument("--curve", action="store_true", help="only the curve; it continues")
+    default = ",".join(f"{scale:g}" for scale in SCALES)
+    parser.add_argument("--guidance", default=default, help=f"of the curve; default: {default}")
+    args = parser.parse_args(argv)
+    try:
+        scales = [float(text) for text in args.guidance.split(",")]
+    except ValueError:
+        raise ValueError(f"--guidance {args.guidance}. Give numbers, such as {default}") from None
+    for name in args.protocols:
+        if args.curve:
+            print(write_curve(name, scales))
+        else:
+            print(write_reference(name), reference(name).floor)
+            print(write_teacher_rows(name))
 
 
 if __name__ == "__main__":
-    main()
+    import sys
+
+    from diffdistill.errors import guarded
+
+    sys.exit(guarded(main))

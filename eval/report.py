@@ -1,13 +1,12 @@
 """One self-contained HTML page about one or more runs, with report.json and report.png beside it.
 
-Reads what a run directory holds (config.yaml, metrics.jsonl, samples/, eval/, student/) and the
-shipped teacher rows of its protocol. Numbers share a column only if they are comparable; a number
-is never shown without its n.
+Reads what a run directory holds (config.yaml, metrics.jsonl, samples/, eval/, student/) and what
+ships with its protocol: the teacher's rows, and its curve over guidance scales. Numbers share a
+column, a figure or a sentence only if they are comparable; a number is never shown without its n.
 """
 
 from __future__ import annotations
 
-import base64
 import html
 import io
 import json
@@ -20,20 +19,24 @@ from typing import Any
 from PIL import Image
 
 from diffdistill import assets
+from diffdistill.eval import figures, metrics, standings
+from diffdistill.eval.figures import Line, Panel, Points
+from diffdistill.eval.records import key
 
-KEY = ("metric", "protocol", "feature_net", "resize", "n", "m", "reference")  # of comparability
 COLUMNS = 10  # of eval/step_N.png: pictures of the verdicts, in their order, 2 pixels apart
 GAP = 2
-LOWER = ("fd", "fid", "kd", "kid")  # these are better when lower
+LOWER = {name for m in metrics.METRICS.values() if not m.up for name in m.values}
 NAMES = {
-    "fd": "FD", "fid": "FID", "kd": "KD", "kid": "KID", "clip": "CLIP score", "geneval": "GenEval",
-    "precision": "Precision", "recall": "Recall", "density": "Density", "coverage": "Coverage",
-    "accuracy": "Class accuracy",
+    "fd": "FD", "kd": "KD", "clip": "CLIP score", "geneval": "GenEval", "precision": "Precision",
+    "recall": "Recall", "density": "Density", "coverage": "Coverage", "accuracy": "Class accuracy",
 }  # fmt: skip
-HEADLINES = ("fd", "fid", "geneval", "accuracy")
-CURVES = (*HEADLINES, "kd", "kid", "clip", "recall", "coverage")
+HEADLINES = ("fd", "geneval", "accuracy")
+STEPS = (*HEADLINES, "clip", "recall")  # drawn against network passes
+CURVES = (*HEADLINES, "kd", "clip", "recall", "coverage")  # drawn against images seen
+PAIRS = (("clip", "fd"), ("accuracy", "fd"), ("geneval", "fd"), ("recall", "precision"))
+NOT_LOSSES = ("lr", "updates", "skipped")
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # nothing is fetched
 Record = Mapping[str, Any]
-Points = list[tuple[float, float]]
 
 
 @dataclass
@@ -67,8 +70,18 @@ class Row:
     """One line of a comparison table."""
 
     label: str
-    student: bool
     records: list[Record] = field(default_factory=list)
+    teacher: str = ""  # its name; "": this is a student
+    tasks: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class World:
+    """What ships with a protocol; nothing for other protocols."""
+
+    teachers: list[Row] = field(default_factory=list)  # fewest passes first
+    curve: list[Row] = field(default_factory=list)  # a teacher's, lowest guidance first
+    missing: str = ""  # why there is no curve
 
 
 def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
@@ -83,8 +96,8 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> P
     folder = Path(out) if out is not None else read[0].path / "report"
     folder.mkdir(parents=True, exist_ok=True)
     protocols = sorted({r["protocol"] for run in read for r in run.records})
-    teachers = {p: teacher_rows(p) for p in protocols}
-    verdicts = {run.name: verdict(run, teachers) for run in read}
+    worlds = {p: world(p) for p in protocols}
+    verdicts = {run.name: verdict(run, worlds) for run in read}
     summary = {
         "runs": [
             {
@@ -95,13 +108,17 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> P
         ],
         "teacher": [
             {"protocol": p, "label": row.label, "records": row.records}
-            for p, rows in teachers.items() for row in rows
+            for p in protocols for row in worlds[p].teachers
+        ],
+        "guidance": [
+            {"protocol": p, "label": row.label, "records": row.records}
+            for p in protocols for row in worlds[p].curve
         ],
     }  # fmt: skip
-    picture(read, teachers, verdicts, folder / "report.png")
+    picture(read, worlds, verdicts, folder / "report.png")
     (folder / "report.json").write_text(json.dumps(_finite(summary), indent=1))
     page = folder / "index.html"
-    page.write_text(render(read, teachers, verdicts), encoding="utf-8")
+    page.write_text(render(read, worlds, verdicts), encoding="utf-8")
     return page
 
 
@@ -136,15 +153,36 @@ def read_run(path: Path) -> Run:
 
 
 def teacher_rows(protocol: str) -> list[Row]:
-    """The shipped scores of the world's teacher, fewest steps first; none for other protocols."""
-    file = assets.path("reference", f"{protocol}.json")
-    if not file.is_file():
-        return []
-    rows = [
-        Row(f"teacher, {_steps(r['records'][0]['steps'])}", False, r["records"])
-        for r in json.loads(file.read_text())["rows"]
-    ]
+    """The shipped scores of the protocol's teachers, fewest passes first; none for others."""
+    rows = [_teacher(made, _steps(made["steps"])) for made in _shipped(protocol).get("rows", [])]
     return sorted(rows, key=lambda row: row.records[0]["nfe"])
+
+
+def world(protocol: str) -> World:
+    """What ships with a protocol. A curve of other weights than the teacher's rows is not used."""
+    teachers, stored = _shipped(protocol), _shipped(f"{protocol}-guidance")
+    found = World(teacher_rows(protocol))
+    command = f"python -m diffdistill.eval.protocols --curve {protocol}"
+    if not teachers:
+        found.missing = f"nothing ships with protocol {protocol}, neither teacher rows nor a curve"
+    elif not stored.get("rows"):
+        found.missing = f"it has not been measured for {protocol}. To make it: {command}"
+    elif stored.get("weights") != teachers.get("weights"):
+        found.missing = f"that of {protocol} is of other weights. To make it again: {command}"
+    else:
+        rows = [_teacher(r, f"guidance {r['records'][0]['guidance']:g}") for r in stored["rows"]]
+        found.curve = sorted(rows, key=lambda row: row.records[0]["guidance"])
+    return found
+
+
+def _shipped(name: str) -> dict[str, Any]:
+    file = assets.path("reference", f"{name}.json")
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _teacher(made: Mapping[str, Any], how: str) -> Row:
+    name = made["pipeline"]
+    return Row(f"{name}, {how}", made["records"], teacher=name, tasks=made.get("tasks", {}))
 
 
 def _read_log(file: Path) -> tuple[list[dict[str, Any]], int]:
@@ -169,19 +207,18 @@ def _step(path: Path) -> int:
 # ---- numbers ------------------------------------------------------------------------------
 
 
-def key(record: Record) -> tuple:
-    """Two numbers may be compared only if this is equal."""
-    return tuple(record.get(k) for k in KEY)
-
-
-def full_teacher(record: Record, teachers: Mapping[str, list[Row]]) -> Record | None:
-    """The comparable number of the teacher with the most network passes."""
-    rows = teachers.get(record["protocol"], [])
-    found = [r for row in rows for r in row.records if key(r) == key(record)]
+def full_teacher(run: Run, record: Record, worlds: Mapping[str, World]) -> Record | None:
+    """The comparable number of the run's own teacher with the most network passes."""
+    found = [
+        r
+        for row in worlds[record["protocol"]].teachers
+        for r in row.records
+        if row.teacher == run.info.get("teacher") and key(r) == key(record)
+    ]
     return max(found, key=lambda r: r["nfe"]) if found else None
 
 
-def verdict(run: Run, teachers: Mapping[str, list[Row]]) -> str:
+def verdict(run: Run, worlds: Mapping[str, World]) -> str:
     """The result in one sentence."""
     records = sorted(
         (r for r in run.records if r["metric"] in HEADLINES),
@@ -192,7 +229,7 @@ def verdict(run: Run, teachers: Mapping[str, list[Row]]) -> str:
     parts, passes = [], ""
     for r in records:
         text = f"{name(r['metric'])} {number(r['value'])}"
-        full = full_teacher(r, teachers)
+        full = full_teacher(run, r, worlds)
         if full is None:
             text += f" (n {r['n']:,}; no comparable number of the teacher)"
         else:
@@ -214,6 +251,7 @@ def cost(run: Run) -> dict[str, Any]:
         "network_passes": train.get("network_passes"),
         "seconds": train.get("seconds", last.get("seconds")),
         "peak_memory_gib": train.get("peak_memory_gib"),
+        "images_per_s": run.evals[max(run.evals)].get("images_per_s") if run.evals else None,
     }
 
 
@@ -224,7 +262,9 @@ def name(metric: str) -> str:
 def number(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "not finite"
-    return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.2g}" if 0 < abs(value) < 0.01 else standings.number(value)
 
 
 def _steps(count: int) -> str:
@@ -243,23 +283,28 @@ def _finite(value: Any) -> Any:
 # ---- the page -----------------------------------------------------------------------------
 
 
-def render(
-    runs: Sequence[Run], teachers: Mapping[str, list[Row]], verdicts: Mapping[str, str]
-) -> str:
+def render(runs: Sequence[Run], worlds: Mapping[str, World], verdicts: Mapping[str, str]) -> str:
     """The whole page as text."""
     many = len(runs) > 1
     body = [_head(runs, verdicts)]
-    body += [tiles(runs[0], teachers)] if not many else []
-    tables = [
-        section(f"Comparison, protocol {protocol}", comparison(protocol, rows, runs))
-        for protocol, rows in teachers.items()
-    ]
-    body += tables or [section("Comparison", "<p>Nothing has been evaluated yet.</p>")]
+    body += [tiles(runs[0], worlds)] if not many else []
+    body += [] if worlds else [section("Comparison", "<p>Nothing has been evaluated yet.</p>")]
+    for protocol, known in worlds.items():
+        under = f"protocol {protocol}"
+        judged = [run for run in runs if any(r["protocol"] == protocol for r in run.records)]
+        body += [
+            section(f"Comparison, {under}", comparison(protocol, known.teachers, judged)),
+            section(f"Steps against quality, {under}", steps_figure(protocol, known, judged)),
+            section(
+                f"The teacher over guidance scales, {under}",
+                guidance_figure(protocol, known, judged),
+            ),
+        ]
     for run in runs:
         of = f" · {run.name}" if many else ""
         body.append(section(f"From the same noise{of}", grids(run)))
         body.append(section(f"Prompt by prompt{of}", verdict_pictures(run)))
-        body.append(section(f"Training{of}", curves(run, teachers)))
+        body.append(section(f"Training{of}", curves(run, worlds)))
     body.append(section("Cost", cost_table(runs)))
     for run in runs:
         of = f" · {run.name}" if many else ""
@@ -267,6 +312,7 @@ def render(
     title = esc(", ".join(r.name for r in runs))
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>diffdistill: {title}</title><style>{CSS}</style></head>"
         f"<body><main>{''.join(body)}</main></body></html>"
@@ -296,23 +342,24 @@ def _head(runs: Sequence[Run], verdicts: Mapping[str, str]) -> str:
     return f"<header>{''.join(parts)}</header>"
 
 
-def tiles(run: Run, teachers: Mapping[str, list[Row]]) -> str:
+def tiles(run: Run, worlds: Mapping[str, World]) -> str:
     """The figures one looks for first."""
     cells = []
-    for r in run.records:
-        if r["metric"] in HEADLINES:
-            full = full_teacher(r, teachers)
-            beside = f"teacher {number(full['value'])} at {_steps(full['steps'])}" if full else ""
-            cells.append((name(r["metric"]), number(r["value"]), f"{beside} · n {r['n']:,}"))
+    for metric in (*HEADLINES, "recall"):
+        for r in (r for r in run.records if r["metric"] == metric):
+            full = full_teacher(run, r, worlds)
+            beside = f"teacher {number(full['value'])} · n {r['n']:,}" if full else f"n {r['n']:,}"
+            title = "Recall (diversity)" if r["metric"] == "recall" else name(r["metric"])
+            cells.append((title, number(r["value"]), beside))
     used = cost(run)
     if run.records:
-        nfe, full = run.records[0]["nfe"], full_teacher(run.records[0], teachers)
-        beside = f"teacher {full['nfe']}" if full else ""
+        nfe, full = run.records[0]["nfe"], full_teacher(run, run.records[0], worlds)
+        beside = f"teacher {full['nfe']} ({_steps(full['steps'])})" if full else ""
         cells.append(("Passes per image", str(nfe), beside))
     if used["seconds"] is not None:
         cells.append(("Training", duration(used["seconds"]), f"{used['images']:,} images"))
     inner = "".join(
-        f'<div class="tile"><p>{esc(a)}</p><b>{esc(b)}</b><p>{esc(c.strip(" ·"))}</p></div>'
+        f'<div class="tile"><p>{esc(a)}</p><b>{esc(b)}</b><p>{esc(c)}</p></div>'
         for a, b, c in cells
     )
     return f'<div class="tiles">{inner}</div>' if cells else ""
@@ -320,11 +367,10 @@ def tiles(run: Run, teachers: Mapping[str, list[Row]]) -> str:
 
 def comparison(protocol: str, teacher: Sequence[Row], runs: Sequence[Run]) -> str:
     """One column per comparability key, teachers first."""
-    students = [
-        Row(run.name, True, [r for r in run.records if r["protocol"] == protocol]) for run in runs
-    ]
-    rows = [row for row in (*teacher, *students) if row.records]
-    columns = list(dict.fromkeys(key(r) for row in reversed(rows) for r in row.records))
+    rows = [*teacher, *students(protocol, runs)]
+    columns = list(dict.fromkeys(key(r) for row in rows for r in row.records))
+    order = list(dict.fromkeys(c[0] for c in columns))
+    columns.sort(key=lambda c: order.index(c[0]))  # what must not be mixed up stands side by side
     groups = list(dict.fromkeys(c[2:4] + c[5:] for c in columns))
     letter = lambda c: chr(ord("A") + groups.index(c[2:4] + c[5:]))  # noqa: E731
     head = "".join(
@@ -338,9 +384,9 @@ def comparison(protocol: str, teacher: Sequence[Row], runs: Sequence[Run]) -> st
         cells = "".join(
             f"<td>{number(values[c]['value']) if c in values else ''}</td>" for c in columns
         )
-        label = f"{esc(row.label)}" + (" <i>student</i>" if row.student else "")
+        what = "teacher" if row.teacher else "student"
         lines.append(
-            f'<tr class="{"student" if row.student else ""}"><th>{label}</th>'
+            f'<tr class="{what}"><th>{esc(row.teacher or row.label)} <i>{what}</i></th>'
             f"<td>{first['steps']}</td><td>{first['nfe']}</td>"
             f"<td>{first['guidance']:g}</td>{cells}</tr>"
         )
@@ -354,8 +400,18 @@ def comparison(protocol: str, teacher: Sequence[Row], runs: Sequence[Run]) -> st
     return (
         f'<div class="scroll"><table><thead><tr><th></th><th>steps</th><th>passes</th>'
         f"<th>guidance</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
-        f'<div class="dim small">{note}</div>{tasks_table(teacher, runs, protocol)}'
+        f'<div class="dim small">{note}</div>{tasks_table(rows)}'
     )
+
+
+def students(protocol: str, runs: Sequence[Run]) -> list[Row]:
+    """The newest evaluation of each run, if it was made under the protocol."""
+    rows = []
+    for run in runs:
+        tasks = run.evals[max(run.evals)].get("tasks", {}) if run.evals else {}
+        found = [r for r in run.records if r["protocol"] == protocol]
+        rows += [Row(run.name, found, tasks=tasks)] if found else []
+    return rows
 
 
 def _arrow(metric: str) -> str:
@@ -370,28 +426,195 @@ def _group(group: tuple) -> str:
     return esc(", ".join(facts))
 
 
-def tasks_table(teacher: Sequence[Row], runs: Sequence[Run], protocol: str) -> str:
-    """GenEval by task, of the students."""
-    scored = {}
-    for run in runs:
-        newest = run.evals[max(run.evals)] if run.evals else {}
-        if newest.get("tasks") and newest.get("protocol") == protocol:
-            n = [r["n"] for r in newest["records"] if r["metric"] == "geneval"]
-            scored[f"{run.name}, n {n[0]:,} in all" if n else run.name] = newest["tasks"]
-    if not scored:
+def tasks_table(rows: Sequence[Row]) -> str:
+    """GenEval by task: of the students, and of the teachers that can be compared with them."""
+    score = {
+        row.label: r for row in rows for r in row.records if r["metric"] == "geneval" and row.tasks
+    }
+    ours = {key(score[row.label]) for row in rows if not row.teacher and row.label in score}
+    shown = [row for row in rows if row.label in score and key(score[row.label]) in ours]
+    if not shown:
         return ""
-    tags = list(dict.fromkeys(t for tasks in scored.values() for t in tasks))
+    tags = list(dict.fromkeys(t for row in shown for t in row.tasks))
     head = "".join(f"<th>{esc(t.replace('_', ' '))}</th>" for t in tags)
     lines = "".join(
-        f"<tr><th>{esc(run)}</th>"
-        + "".join(f"<td>{number(tasks[t]) if t in tasks else ''}</td>" for t in tags)
+        f'<tr class="{"teacher" if row.teacher else "student"}"><th>{esc(row.label)}</th>'
+        f"<td>{score[row.label]['n']:,}</td>"
+        + "".join(f"<td>{number(row.tasks[t]) if t in row.tasks else ''}</td>" for t in tags)
         + "</tr>"
-        for run, tasks in scored.items()
+        for row in shown
     )
     return (
-        f'<h3>GenEval by task</h3><div class="scroll"><table><thead><tr><th></th>{head}</tr>'
-        f"</thead><tbody>{lines}</tbody></table></div>"
+        f'<h3>GenEval by task</h3><div class="scroll"><table><thead><tr><th></th><th>n in all</th>'
+        f"{head}</tr></thead><tbody>{lines}</tbody></table></div>"
     )
+
+
+# ---- the figures --------------------------------------------------------------------------
+
+
+def steps_figure(protocol: str, known: World, runs: Sequence[Run]) -> str:
+    """Each metric against network passes per image: teachers joined, students as stars."""
+    panels = steps_panels(protocol, known, runs)
+    if not panels:
+        return ""  # no comparable number at another cost
+    what = _what([record for record, _ in panels])
+    caption = f"{what} Numbers beside the points are sampling steps."
+    if any(panel.levels for _, panel in panels):
+        caption += " Dashed: unseen real images in place of samples."
+    return _figure([panel for _, panel in panels], caption, "steps against quality")
+
+
+def steps_panels(protocol: str, known: World, runs: Sequence[Run]) -> list[tuple[Record, Panel]]:
+    """One panel per metric with numbers at two or more costs, and a record of it."""
+    found = []
+    keys = {key(r): r for run in runs for r in run.records if r["protocol"] == protocol}
+    for record in sorted(
+        (r for r in keys.values() if r["metric"] in STEPS), key=lambda r: STEPS.index(r["metric"])
+    )[:4]:
+        lines = []
+        for teacher in dict.fromkeys(row.teacher for row in known.teachers):
+            rows = [row for row in known.teachers if row.teacher == teacher]
+            dots = [r for row in rows for r in row.records if key(r) == key(record)]
+            lines += [_line(f"{teacher} (teacher)", dots)] if dots else []
+        lines += _stars(runs, [record])
+        if len({x for line in lines for x, _ in line.points}) > 1:
+            panel = _panel(record, lines, runs)
+            panel.x, panel.costs = "network passes per image", True
+            found.append((record, panel))
+    return found
+
+
+def _line(label: str, dots: Sequence[Record], **how: Any) -> Line:
+    points = [(r["nfe"], r["value"]) for r in dots]
+    return Line(label, points, texts=[str(r["steps"]) for r in dots], **how)
+
+
+def _stars(runs: Sequence[Run], wanted: Sequence[Record]) -> list[Line]:
+    """A star for every run that has numbers comparable to `wanted`: (x, y), or y over passes.
+
+    Runs of one method and teacher with different passes per image are joined.
+    """
+    found = {}
+    for i, run in enumerate(runs):
+        mine = [r for w in wanted for r in run.records if key(r) == key(w)]
+        if len(mine) == len(wanted) == 2:
+            taught = run.info.get("teacher_guidance")
+            label = run.name if taught is None else f"{run.name}, distilled at guidance {taught:g}"
+            found[i] = Line(label, [(mine[0]["value"], mine[1]["value"])], i, star=True)
+        elif len(mine) == len(wanted):
+            found[i] = _line(run.name, mine, colour=i, star=True)
+    return list(found.values()) if len(wanted) == 2 else _joined(found, runs)
+
+
+def _joined(lines: Mapping[int, Line], runs: Sequence[Run]) -> list[Line]:
+    groups: dict[tuple, list[Line]] = {}
+    for i, line in lines.items():
+        info = runs[i].info
+        groups.setdefault((info.get("method", i), info.get("teacher")), []).append(line)
+    joined: list[Line] = []
+    for (method, _), group in groups.items():
+        group.sort(key=lambda line: line.points[0][0])
+        points = [p for line in group for p in line.points]
+        if len({passes for passes, _ in points}) < max(2, len(points)):
+            joined += group  # nothing to join, or several runs at one cost
+        else:
+            texts = [t for line in group for t in line.texts]
+            joined.append(Line(str(method), points, group[0].colour, texts, star=True))
+    return joined
+
+
+def guidance_figure(protocol: str, known: World, runs: Sequence[Run]) -> str:
+    """The teacher's curve over guidance scales with the students on it, and its numbers."""
+    if not known.curve:
+        return f'<p class="dim">No curve is drawn: {esc(known.missing)}</p>'
+    panels: list[Panel] = []
+    judged: list[Record] = []
+    for pair in PAIRS:
+        wanted = [r for m in pair for r in (_newest(runs, protocol, m),) if r is not None]
+        rows = {
+            row.records[0]["guidance"]: [r for w in wanted for r in row.records if key(r) == key(w)]
+            for row in known.curve
+        }
+        dots = {g: found for g, found in rows.items() if len(found) == 2}
+        if len(wanted) < 2 or len(dots) < 2:
+            continue
+        points = [(x["value"], y["value"]) for x, y in dots.values()]
+        teacher = f"{known.curve[0].teacher} (teacher), guidance {min(dots):g} to {max(dots):g}"
+        lines = [Line(teacher, points, texts=[f"{g:g}" for g in dots]), *_stars(runs, wanted)]
+        x, y = (name(m) + _arrow(m) for m in pair)
+        panels.append(Panel("", lines, x, y, linear=pair[1] not in LOWER))
+        judged += wanted
+    if not panels:
+        return (
+            '<p class="dim">No curve is drawn: the numbers of the stored one cannot be compared '
+            "with those above.</p>"
+        )
+    caption = (
+        f"{_what(judged)} The teacher has {_steps(known.curve[0].records[0]['steps'])}; numbers "
+        "beside its points are guidance scales. Stars are students, which use none."
+    )
+    return _figure(panels[:3], caption, "teacher over guidance scales") + guidance_table(known)
+
+
+def _newest(runs: Sequence[Run], protocol: str, metric: str) -> Record | None:
+    records = [r for run in runs for r in run.records]
+    found = [r for r in records if r["protocol"] == protocol and r["metric"] == metric]
+    return found[0] if found else None
+
+
+def guidance_table(known: World) -> str:
+    """The numbers of the teacher's curve."""
+    columns = list(dict.fromkeys(key(r) for row in known.curve for r in row.records))
+    head = "".join(f"<th>{esc(name(c[0]))}{_arrow(c[0])}</th>" for c in columns)
+    lines = []
+    for row in known.curve:
+        values = {key(r): r["value"] for r in row.records}
+        cells = "".join(f"<td>{number(values[c]) if c in values else ''}</td>" for c in columns)
+        first = row.records[0]
+        lines.append(f"<tr><th>{first['guidance']:g}</th><td>{first['nfe']}</td>{cells}</tr>")
+    first = known.curve[0].records[0]
+    title = f"Numbers of the curve, {esc(known.curve[0].teacher)}, n {first['n']:,}"
+    return (
+        f'<details><summary>{title}</summary><div class="scroll inner"><table><thead><tr>'
+        f"<th>guidance</th><th>passes</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
+        "</table></div></details>"
+    )
+
+
+def _panel(record: Record, lines: list[Line], runs: Sequence[Run]) -> Panel:
+    """A panel of one metric, with the floor of the protocol where that is known."""
+    metric, levels = record["metric"], []
+    if metric == "fd" and "/n=" not in record["protocol"]:  # the floor is of the protocol's own n
+        floors = {
+            run.evals[max(run.evals)].get("floor_fd")
+            for run in runs
+            if any(key(r) == key(record) for r in run.records)
+        }
+        levels = [("real images", floor) for floor in floors if floor is not None]
+    return Panel(
+        f"{name(metric)}{_arrow(metric)}", lines, "", levels=levels, linear=metric not in LOWER
+    )
+
+
+def _what(records: Sequence[Record]) -> str:
+    """What the numbers of a figure rest on."""
+    groups: dict[str, dict[str, None]] = {}
+    for r in records:
+        net = f", {r['feature_net']}" if r["feature_net"] else ""
+        groups.setdefault(f"n {r['n']:,}{net}", {})[name(r["metric"])] = None
+    told = "; ".join(f"{', '.join(named)}: {how}" for how, named in groups.items())
+    return f"Protocol {records[0]['protocol']}. {told}."
+
+
+def _figure(panels: Sequence[Panel], caption: str, label: str) -> str:
+    return (
+        f'<figure class="plot"><img alt="{esc(label)}" src="{figures.sheet(panels)}">'
+        f"<figcaption>{esc(caption)}</figcaption></figure>"
+    )
+
+
+# ---- pictures -----------------------------------------------------------------------------
 
 
 def grids(run: Run) -> str:
@@ -404,7 +627,7 @@ def grids(run: Run) -> str:
         label = "student before training" if step == 0 else f"student, step {step:,}"
         figures.append((label, run.samples[step]))
     shown = [
-        f'<figure><img alt="{esc(label)}" src="{data_uri(path.read_bytes())}">'
+        f'<figure><img alt="{esc(label)}" src="{_png(path.read_bytes())}">'
         f"<figcaption>{esc(label)}</figcaption></figure>"
         for label, path in figures
     ]
@@ -447,29 +670,29 @@ def cut(picture: Image.Image, count: int) -> list[str]:
         x, y = i % COLUMNS * (size + GAP), i // COLUMNS * (size + GAP)
         buffer = io.BytesIO()
         picture.crop((x, y, x + size, y + size)).save(buffer, "png", optimize=True)
-        found.append(data_uri(buffer.getvalue()))
+        found.append(_png(buffer.getvalue()))
     return found
 
 
-def data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+def _png(data: bytes) -> str:
+    return figures.data_uri(data, "png")
 
 
-def curves(run: Run, teachers: Mapping[str, list[Row]]) -> str:
+# ---- training -----------------------------------------------------------------------------
+
+
+def curves(run: Run, worlds: Mapping[str, World]) -> str:
     """Metrics, losses and gradient norms against images seen."""
     batch = run.info.get("train", {}).get("batch_size")
     charts = []
     for r in run.records:
         points = metric_points(run, r, batch)
         if len(points) > 1 and r["metric"] in CURVES:
-            full = full_teacher(r, teachers)
-            charts.append(
-                chart(
-                    f"{name(r['metric'])}, n {r['n']:,}", {"student": points}, dots=True,
-                    level=full["value"] if full else None, linear=r["metric"] not in LOWER,
-                )
-            )  # fmt: skip
-    losses: dict[str, dict[str, Points]] = {}
+            full = full_teacher(run, r, worlds)
+            panel = _panel(r, [Line(run.name, points, 0)], [run])
+            panel.levels = [(f"teacher, {_steps(full['steps'])}", full["value"])] if full else []
+            charts.append((f"{panel.title}, n {r['n']:,}", panel))
+    logged: dict[str, Points] = {}
     norms: dict[str, Points] = {}
     for row in run.log:
         for column, value in row.items():
@@ -479,14 +702,34 @@ def curves(run: Run, teachers: Mapping[str, list[Row]]) -> str:
             point = (row.get("images", row["step"]), value)
             if item == "grad_norm":
                 norms.setdefault(group, []).append(point)
-            elif item not in ("lr", "updates", "skipped"):
-                losses.setdefault(column, {}).setdefault(item, []).append(point)
-    charts += [chart(f"loss {column}", series) for column, series in losses.items()]
-    charts += [chart("gradient norm", norms)] if norms else []
+            elif item not in NOT_LOSSES:
+                logged.setdefault(column, []).append(point)
+    charts += [(column, Panel("", _lines({column: made}), "")) for column, made in logged.items()]
+    charts += [("gradient norm", Panel("", _lines(norms), ""))] if norms else []
+    shown = [chart(title, panel) for title, panel in charts]
     note = ""
     if run.damaged:
         note = f'<p class="dim small">damaged lines of metrics.jsonl, left out: {run.damaged}</p>'
-    return (f'<div class="charts">{"".join(charts)}</div>' if charts else "") + note
+    return (f'<div class="charts">{"".join(shown)}</div>' if any(shown) else "") + note
+
+
+def _lines(series: Mapping[str, Points]) -> list[Line]:
+    return [
+        Line(label, figures.thin([p for p in points if math.isfinite(p[1])]), i, dots=False)
+        for i, (label, points) in enumerate(series.items())
+    ]
+
+
+def chart(title: str, panel: Panel) -> str:
+    """A small figure against images seen; nothing where no value is finite."""
+    panel.lines = [line for line in panel.lines if line.points]
+    if not panel.lines:
+        return ""
+    panel.x = "images seen"
+    return (
+        f'<figure class="chart"><figcaption>{esc(title)}</figcaption>'
+        f'<img alt="{esc(title)}" src="{figures.small(panel)}"></figure>'
+    )
 
 
 def metric_points(run: Run, record: Record, batch: int | None) -> Points:
@@ -499,93 +742,6 @@ def metric_points(run: Run, record: Record, batch: int | None) -> Points:
     ]
 
 
-def chart(
-    title: str,
-    series: Mapping[str, Points],
-    *,
-    dots: bool = False,
-    level: float | None = None,
-    linear: bool = False,
-) -> str:
-    """A line chart as inline SVG, against images seen; logarithmic where values span decades.
-
-    Args:
-        level: the teacher's value, drawn dashed.
-        linear: never logarithmic (shares and rates).
-    """
-    series = {k: thin([p for p in v if math.isfinite(p[1])]) for k, v in series.items()}
-    series = {k: v for k, v in series.items() if v}
-    if not series:
-        return ""
-    xs, ys = ([p[i] for points in series.values() for p in points] for i in (0, 1))
-    ys += [level] if level is not None and math.isfinite(level) else []
-    log = not linear and min(ys) > 0 and max(ys) / min(ys) > 15
-    f = math.log10 if log else float
-    low, high = f(min(ys)), f(max(ys))
-    pad = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-    low, high = low - pad, high + pad
-    left, right, top, bottom = 42, 352, 10, 146
-    x0, x1 = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
-    px = lambda x: left + (x - x0) / (x1 - x0) * (right - left)  # noqa: E731
-    py = lambda y: bottom - (f(y) - low) / (high - low) * (bottom - top)  # noqa: E731
-    parts = []
-    for v in ticks(low, high, log):
-        parts.append(
-            f'<line class="rule" x1="{left}" x2="{right}" y1="{py(v):.1f}" y2="{py(v):.1f}"/>'
-            f'<text x="{left - 6}" y="{py(v) + 3:.1f}" class="end">{short(v)}</text>'
-        )
-    for x, anchor in ((x0, "start"), ((x0 + x1) / 2, "mid"), (x1, "end")):
-        label = short(x) + (" images" if anchor == "end" else "")
-        parts.append(f'<text x="{px(x):.1f}" y="{bottom + 16}" class="{anchor}">{label}</text>')
-    if level is not None and math.isfinite(level):
-        y = py(level)
-        parts.append(
-            f'<line class="level" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text x="{right}" y="{y - 4:.1f}" class="end">teacher</text>'
-        )
-    for i, points in enumerate(series.values()):
-        path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in points)
-        parts.append(f'<polyline class="line c{i % 5}" points="{path}"/>')
-        for x, y in points if dots or len(points) == 1 else []:
-            parts.append(f'<circle class="dot c{i % 5}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="3"/>')
-    legend = ""
-    if len(series) > 1:
-        legend = " ".join(f'<span class="c{i % 5}">{esc(k)}</span>' for i, k in enumerate(series))
-    return (
-        f'<figure class="chart"><figcaption>{esc(title)}{" (log)" if log else ""} {legend}'
-        f'</figcaption><svg viewBox="0 0 360 168" role="img" aria-label="{esc(title)}">'
-        f"{''.join(parts)}</svg></figure>"
-    )
-
-
-def ticks(low: float, high: float, log: bool) -> list[float]:
-    """Round values between the ends; for `log` the ends are exponents of ten."""
-    if log:
-        exponents = range(math.floor(low), math.ceil(high) + 1)
-        found = [
-            m * 10.0**e for e in exponents for m in (1, 2, 5) if low <= math.log10(m) + e <= high
-        ]
-        return found[:: math.ceil(len(found) / 5)]
-    size = (high - low) / 4
-    unit = 10.0 ** math.floor(math.log10(size))
-    step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= size)
-    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
-def thin(points: Points, most: int = 200) -> Points:
-    """Means over equal runs of points, so that a curve has at most `most`."""
-    size = math.ceil(len(points) / most) if points else 1
-    groups = [points[i : i + size] for i in range(0, len(points), size)]
-    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
-
-
-def short(value: float) -> str:
-    for unit, scale in (("M", 1e6), ("k", 1e3)):
-        if abs(value) >= scale:
-            return f"{value / scale:.3g}{unit}"
-    return f"{value:.3g}"
-
-
 def cost_table(runs: Sequence[Run]) -> str:
     lines = []
     for run in runs:
@@ -596,11 +752,14 @@ def cost_table(runs: Sequence[Run]) -> str:
             count(c["steps"]), count(c["images"]), count(c["network_passes"]),
             "not recorded" if c["seconds"] is None else duration(c["seconds"]),
             "not recorded" if memory is None else f"{memory:.2f} GiB",
+            "not recorded" if c["images_per_s"] is None else f"{c['images_per_s']:,.0f} images/s",
         )  # fmt: skip
         lines.append(
             f"<tr><th>{esc(run.name)}</th>" + "".join(f"<td>{v}</td>" for v in cells) + "</tr>"
         )
-    names = ("", "steps", "images seen", "network passes", "wall time", "peak memory")
+    names = (
+        "", "steps", "images seen", "network passes", "wall time", "peak memory", "then samples",
+    )  # fmt: skip
     head = "".join(f"<th>{n}</th>" for n in names)
     return (
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
@@ -637,65 +796,24 @@ def config(run: Run) -> str:
 
 def picture(
     runs: Sequence[Run],
-    teachers: Mapping[str, list[Row]],
+    worlds: Mapping[str, World],
     verdicts: Mapping[str, str],
     file: Path,
 ) -> None:
     """report.png: teacher and student from the same noise, and the first headline number."""
     import textwrap
 
-    from matplotlib.figure import Figure
-
     run = runs[0]
-    panels = [("teacher", run.teacher_grid)] if run.teacher_grid else []
+    found = [("teacher", run.teacher_grid)] if run.teacher_grid else []
     if run.samples:
-        panels.append(("student, same noise", run.samples[max(run.samples)]))
-    bars = _bars(runs, teachers)
-    figure = Figure(figsize=(11, 5.2), layout="constrained")
-    title = "\n".join(textwrap.fill(v, 118) for v in verdicts.values())
-    figure.suptitle(title, fontsize=12, x=0.01, ha="left", parse_math=False)
-    left, right = (
-        figure.subfigures(1, 2, width_ratios=(1.15, 1)) if panels and bars else [figure] * 2
-    )
+        found.append(("student, same noise", run.samples[max(run.samples)]))
+    panels = [p for protocol, known in worlds.items() for p in steps_panels(protocol, known, runs)]
+    panel = None
     if panels:
-        axes = left.subplots(len(panels), 1, squeeze=False)[:, 0]
-        for ax, (label, path) in zip(axes, panels, strict=True):
-            ax.imshow(Image.open(path))
-            ax.set_title(label, fontsize=10, loc="left")
-            ax.axis("off")
-    if bars:
-        label, values = bars
-        ax = right.subplots()
-        colours = ["#c8553d" if student else "#9aa5b1" for _, _, student in values]
-        drawn = ax.barh(range(len(values)), [v[1] for v in values], color=colours)
-        ax.set_yticks(range(len(values)), [v[0] for v in values], parse_math=False)
-        ax.bar_label(drawn, [number(v[1]) for v in values], padding=3, fontsize=9)
-        ax.set_title(label, fontsize=10, loc="left", parse_math=False)
-        ax.invert_yaxis()
-        ax.margins(x=0.16)
-        ax.spines[["top", "right", "bottom"]].set_visible(False)
-        ax.tick_params(bottom=False, labelbottom=False, left=False, labelsize=9)
-    figure.savefig(file, dpi=110)
-
-
-def _bars(
-    runs: Sequence[Run], teachers: Mapping[str, list[Row]]
-) -> tuple[str, list[tuple[str, float, bool]]] | None:
-    """The first headline metric of the first run, with everything comparable to it."""
-    wanted = [r for m in HEADLINES for r in runs[0].records if r["metric"] == m]
-    if not wanted:
-        return None
-    column = key(wanted[0])
-    rows = [row for row in teachers.get(wanted[0]["protocol"], [])]
-    rows += [Row(run.name, True, list(run.records)) for run in runs]
-    values = [
-        (row.label, r["value"], row.student)
-        for row in rows
-        for r in row.records
-        if key(r) == column
-    ]
-    arrow = "lower is better" if wanted[0]["metric"] in LOWER else "higher is better"
-    return f"{name(wanted[0]['metric'])}, n {wanted[0]['n']:,} ({arrow})", values
+        record, panel = panels[0]
+        panel.title += f", n {record['n']:,}, protocol {record['protocol']}"
+    title = "\n".join(textwrap.fill(v, 118) for v in verdicts.values())
+    figures.poster(title, found, panel, file)
 
 
 CSS = """
@@ -722,10 +840,10 @@ ul{list-style:none;margin:4px 0 0;padding:0}
 color:var(--dim)}
 .finished{color:var(--good)}.failed{color:var(--bad)}
 .failure{border-left:3px solid var(--bad)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(170px,1fr));gap:12px;margin-top:24px}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(165px,1fr));gap:12px;margin-top:24px}
 .tile{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 16px}
 .tile p{color:var(--dim);font-size:13px;margin:0}
-.tile b{font-size:28px;font-weight:650;line-height:1.3;letter-spacing:-.02em}
+.tile b{font-size:25px;font-weight:650;line-height:1.35;letter-spacing:-.02em;white-space:nowrap}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:14px}
 th,td{padding:8px 7px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
@@ -733,7 +851,8 @@ thead th{font-weight:600;vertical-align:bottom;border-bottom:1.5px solid var(--d
 th:first-child{text-align:left}tbody th{font-weight:500}
 th small{display:block;color:var(--dim);font-weight:400;font-size:11px;line-height:1.35}
 tr.student{background:var(--soft)}tr.student th,tr.student td{font-weight:650}
-tr.student i{color:var(--accent);font-style:normal;font-size:12px;font-weight:500;margin-left:4px}
+tbody i{font-style:normal;font-size:12px;font-weight:400;color:var(--dim);margin-left:4px}
+tr.student i{color:var(--accent);font-weight:500}
 figure{margin:0}figcaption{font-size:13px;color:var(--dim)}
 .grids{display:grid;grid-template-columns:repeat(auto-fit,minmax(260px,1fr));gap:18px;
 margin-top:18px}.two{grid-template-columns:repeat(auto-fit,minmax(420px,1fr))}
@@ -745,18 +864,17 @@ border-bottom:3px solid var(--good)}
 .prompts figcaption{margin-top:4px;line-height:1.3;font-size:12px;overflow-wrap:anywhere}
 .right b{color:var(--good)}.wrong b{color:var(--bad)}
 .prompts small{display:block;color:var(--bad)}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:16px}
-.chart{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 14px}
-.chart figcaption{color:var(--fg);font-weight:500}
-.chart span{font-weight:400;margin-left:8px}
-svg{width:100%;display:block}svg text{font-size:10px;fill:var(--dim)}
-.end{text-anchor:end}.mid{text-anchor:middle}.rule{stroke:var(--line)}
-.level{stroke:var(--dim);stroke-dasharray:4 3}
-.line{fill:none;stroke:currentColor;stroke-width:1.6;stroke-linejoin:round}.dot{fill:currentColor}
-.c0{color:var(--c0)}.c1{color:var(--c1)}.c2{color:var(--c2)}.c3{color:var(--c3)}.c4{color:var(--c4)}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(310px,1fr));gap:16px}
+.chart,.plot{background:var(--card);border:1px solid var(--line);border-radius:10px}
+.chart{padding:12px 14px}.chart figcaption{color:var(--fg);font-weight:500}
+.chart img,.plot img{width:100%;display:block}
+.plot{padding:16px 18px 14px;margin-bottom:12px}.plot figcaption{margin-top:8px}
+@media(prefers-color-scheme:dark){.chart img,.plot img{filter:invert(.9) hue-rotate(180deg)}}
 details{border:1px solid var(--line);border-radius:10px;margin-bottom:10px;background:var(--card)}
 summary{padding:10px 16px;cursor:pointer;font-weight:500}
 pre{margin:0;padding:12px 16px;overflow-x:auto;max-height:480px;
 font:12.5px/1.5 ui-monospace,"SF Mono",Menlo,Consolas,monospace}
-@media print{details{display:none}}
+.inner{padding:0 16px 12px}
+@media print{main{max-width:none;padding:0}details{display:none}
+figure,tr,.tile{break-inside:avoid}h2,h3{break-after:avoid}}
 """

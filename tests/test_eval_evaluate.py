@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -208,3 +209,81 @@ def test_teacher_rows_and_card_are_those_of_the_shipped_weights(name):
     assert said == {str(f.relative_to(folder)): sha256(f)[:12] for f in files}
     rows = json.loads(assets.path("reference", f"{name}.json").read_text())
     assert rows["weights"] == said
+    curve = assets.path("reference", f"{name}-guidance.json")
+    assert not curve.is_file() or json.loads(curve.read_text())["weights"] == said
+
+
+# ---- the teacher's curve over guidance scales ---------------------------------------------
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """A teacher of 25 steps with guidance 3, its rows, and what is asked of `evaluate`."""
+    from diffdistill.eval import evaluate as module
+    from diffdistill.pipelines import loading
+
+    info = {"weights": {"unet": "1"}, "steps": 25}
+    asked = []
+
+    def row(steps=25, guidance=3.0):
+        numbers = [{"metric": "fd", "value": 9.0, "reference": "r", "guidance": guidance}]
+        return {"protocol": "shapes-v1", "steps": steps, "records": numbers}
+
+    def measure(generator, **how):
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        asked.append(how)
+        return row(**how) | {"verdicts": []}
+
+    monkeypatch.setattr(module, "evaluate", measure)
+    monkeypatch.setattr(loading, "load_pipeline", lambda name: SimpleNamespace(info=info))
+    monkeypatch.setattr(protocols, "reference", lambda name: SimpleNamespace(digest="r"))
+    monkeypatch.setattr(protocols.assets, "path", lambda *parts: tmp_path.joinpath(*parts))
+    (tmp_path / "reference").mkdir()
+    rows = {"weights": {"unet": "1"}, "rows": [row(4), row(25)]}
+    (tmp_path / "reference" / "shapes-v1.json").write_text(json.dumps(rows))
+    return SimpleNamespace(
+        info=info, asked=asked, file=tmp_path / "reference" / "shapes-v1-guidance.json"
+    )
+
+
+def curve_of(file):
+    stored = json.loads(file.read_text())
+    return stored["weights"], [row["records"][0]["guidance"] for row in stored["rows"]]
+
+
+def test_a_curve_takes_the_teachers_own_row_and_continues(shipped):
+    protocols.main(["--curve", "shapes-v1", "--guidance", "3,1,2"])
+    assert shipped.asked == [{"guidance": 1.0}, {"guidance": 2.0}]  # 3 is the teacher's own
+    assert curve_of(shipped.file) == ({"unet": "1"}, [1, 2, 3])
+    assert all("verdicts" not in row for row in json.loads(shipped.file.read_text())["rows"])
+    with pytest.raises(KeyboardInterrupt):
+        protocols.write_curve("shapes-v1", (4.0, 2.0, 6.0))
+    assert shipped.asked[2:] == [{"guidance": 4.0}]  # stored before the interruption
+    assert curve_of(shipped.file)[1] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("change", ["weights", "reference"])
+def test_wrong_rows_of_another_teacher_or_judge_are_not_taken(shipped, monkeypatch, change):
+    protocols.write_curve("shapes-v1", (1.0,))
+    if change == "weights":
+        shipped.info["weights"] = {"unet": "2"}
+    else:
+        monkeypatch.setattr(protocols, "reference", lambda name: SimpleNamespace(digest="q"))
+    protocols.write_curve("shapes-v1", (1.0, 3.0))
+    assert shipped.asked[1:] == [{"guidance": 1.0}, {"guidance": 3.0}]
+    assert curve_of(shipped.file) == (shipped.info["weights"], [1, 3])
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--guidance", "1,x"], "--guidance 1,x. Give numbers"),
+        (["--guidance", "0.5"], "guidance 0.5. Allowed: 1"),
+        (["shapes-v2"], "Did you mean 'shapes-v1'"),
+    ],
+)
+def test_mistakes_about_curves_are_told_before_anything_is_drawn(shipped, argv, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        protocols.main(["--curve", *argv])
+    assert not shipped.asked and not shipped.file.exists()

@@ -1,10 +1,13 @@
 """The report: what it says, what it must not compare, and that it opens offline."""
 
+import functools
 import json
 import math
 import re
 import shutil
 import subprocess
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +15,9 @@ import torch
 from PIL import Image
 
 from diffdistill.data import shapes
-from diffdistill.eval import report
-from diffdistill.eval.report import chart, comparison, key, read_run, thin, ticks, write_report
+from diffdistill.eval import figures, report
+from diffdistill.eval.figures import Line, Panel, running_mean, short, thin
+from diffdistill.eval.report import comparison, key, number, read_run, world, write_report
 from diffdistill.tracking import save_grid
 
 EVIL = '<script>document.title="owned"</script> & "a red circle"'
@@ -32,7 +36,7 @@ def record(metric, value, *, steps=1, nfe=1, guidance=0.0, n=5000, **other):
     return base | other
 
 
-def evaluation(fd, geneval, clip=0.31, **how):
+def evaluation(fd, geneval, clip=0.31, pipeline="student", **how):
     made = [
         record("fd", fd, **how), record("kd", fd / 900, **how),
         record("precision", 0.81, **how), record("recall", 0.64, **how),
@@ -40,28 +44,39 @@ def evaluation(fd, geneval, clip=0.31, **how):
         record("geneval", geneval, **how),
     ]  # fmt: skip
     tasks = dict(zip(shapes.TASKS, (0.97, 0.9, 0.71, 0.99, 0.78, 0.83), strict=True))
-    return {"pipeline": "student", "protocol": "shapes-v1", "records": made, "tasks": tasks}
+    return {
+        "pipeline": pipeline, "protocol": "shapes-v1", "steps": made[0]["steps"], "records": made,
+        "tasks": tasks, "floor_fd": 0.5, "images_per_s": 321.0,
+    }  # fmt: skip
 
 
 @pytest.fixture
 def teacher(tmp_path, monkeypatch):
-    """Teacher rows of the protocol, in an assets folder of our own."""
+    """Teacher rows of the protocol, in an assets folder of our own, which is returned."""
     rows = [
-        evaluation(fd, g, steps=k, nfe=2 * k, guidance=3.0)
+        evaluation(fd, g, pipeline="shapes-sd", steps=k, nfe=2 * k, guidance=3.0)
         for k, fd, g in ((25, 9.8, 0.934), (1, 244.0, 0.02), (2, 131.0, 0.11), (4, 55.0, 0.46))
     ]
     folder = tmp_path / "assets" / "reference"
     folder.mkdir(parents=True)
-    (folder / "shapes-v1.json").write_text(json.dumps({"rows": rows}))
+    (folder / "shapes-v1.json").write_text(json.dumps({"weights": {"unet": "1"}, "rows": rows}))
     monkeypatch.setattr(report.assets, "path", lambda *p: tmp_path.joinpath("assets", *p))
+    return folder
 
 
-def fake_run(path, *, scenes=24, fd=12.3456, geneval=0.853):
-    """A finished run with pictures, curves, three evaluations and a hostile prompt."""
-    path.mkdir(parents=True)
-    (path / "DONE").write_text("{}\n")
-    (path / "config.yaml").write_text(f"recipe: quickstart\ndata:\n  prompt: '{EVIL}'\n")
-    (path / "config.lock.json").write_text(json.dumps({"versions": {"torch": "2.14"}}, indent=1))
+def store_curve(folder, weights="1", **how):
+    """The teacher's curve over four guidance scales, stored in another order."""
+    rows = [
+        evaluation(fd, g / 8 + 0.4, clip, "shapes-sd", steps=25, nfe=50, guidance=g, **how)
+        for g, fd, clip in ((3.0, 9.8, 0.33), (1.0, 14.0, 0.24), (7.0, 21.0, 0.36), (2.0, 8.1, 0.3))
+    ]
+    file = folder / "shapes-v1-guidance.json"
+    file.write_text(json.dumps({"weights": {"unet": weights}, "rows": rows}))
+
+
+@functools.cache
+def pictures():
+    """Name in the run -> PNG."""
     rng = np.random.default_rng(0)
     real = shapes.render([shapes.scene(i, "test") for i in range(60)])
 
@@ -69,9 +84,25 @@ def fake_run(path, *, scenes=24, fd=12.3456, geneval=0.853):
         noise = torch.from_numpy(rng.normal(size=images.shape) * amount)
         return (images + noise).clamp(0, 255).to(torch.uint8)
 
-    save_grid(real[:scenes], 8, path / "samples" / "teacher_000000.png")
-    for step, amount in ((0, 90), (250, 50), (500, 30), (750, 15), (1000, 8)):
-        save_grid(noisy(real[:scenes], amount), 8, path / "samples" / f"student_{step:06d}.png")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        save_grid(real[:24], 8, path / "samples" / "teacher_000000.png")
+        for step, amount in ((0, 90), (250, 50), (500, 30), (750, 15), (1000, 8)):
+            save_grid(noisy(real[:24], amount), 8, path / "samples" / f"student_{step:06d}.png")
+        save_grid(noisy(real, 8), 10, path / "eval" / "step_001000.png", zoom=3)
+        return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*.png")}
+
+
+def fake_run(path, *, fd=12.3456, geneval=0.853):
+    """A finished run with pictures, curves, three evaluations and a hostile prompt."""
+    path.mkdir(parents=True)
+    (path / "DONE").write_text("{}\n")
+    (path / "config.yaml").write_text(f"recipe: quickstart\ndata:\n  prompt: '{EVIL}'\n")
+    (path / "config.lock.json").write_text(json.dumps({"versions": {"torch": "2.14"}}, indent=1))
+    for name, png in pictures().items():
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_bytes(png)
+    rng = np.random.default_rng(0)
     verdicts = []
     for i in range(60):
         what = shapes.scene(i, "test").record
@@ -80,11 +111,9 @@ def fake_run(path, *, scenes=24, fd=12.3456, geneval=0.853):
             "index": i, "prompt": EVIL if i == 0 else what["prompt"], "tag": what["tag"],
             "correct": correct, "reason": "" if correct else "expected 2 circles, found 1",
         })  # fmt: skip
-    (path / "eval").mkdir()
     for step, value, score in ((0, 250.0, 0.03), (500, 31.0, 0.64), (1000, fd, geneval)):
         made = evaluation(value, score) | {"verdicts": verdicts}
         (path / "eval" / f"step_{step:06d}.json").write_text(json.dumps(made))
-    save_grid(noisy(real, 8), 10, path / "eval" / "step_001000.png", zoom=3)
     with open(path / "metrics.jsonl", "w") as file:
         for step in range(0, 1000, 5):
             row = {
@@ -114,28 +143,40 @@ def test_verdict_compares_with_the_full_teacher(tmp_path, teacher):
     assert page == tmp_path / "quickstart-1a2b" / "report" / "index.html"
     data = json.loads((page.parent / "report.json").read_text())
     assert data["runs"][0]["verdict"] == (
-        "1 step: FD 12.3 vs the teacher's 9.8 at 25 steps (n 5,000); GenEval 0.853 vs the "
+        "1 step: FD 12.35 vs the teacher's 9.80 at 25 steps (n 5,000); GenEval 0.853 vs the "
         "teacher's 0.934 (n 600); 50x fewer network passes."
     )
     assert data["runs"][0]["cost"]["network_passes"] == 1_234_567
     assert [row["label"] for row in data["teacher"]] == [
-        "teacher, 1 step", "teacher, 2 steps", "teacher, 4 steps", "teacher, 25 steps",
+        "shapes-sd, 1 step", "shapes-sd, 2 steps", "shapes-sd, 4 steps", "shapes-sd, 25 steps",
     ]  # fmt: skip
     picture = Image.open(page.parent / "report.png")
     assert picture.width > 800 and np.asarray(picture).std() > 10
+
+
+def test_wrong_teachers_are_not_compared_with(tmp_path, teacher):
+    """The rows of the protocol's teacher say nothing about a student of another one."""
+    path = fake_run(tmp_path / "run")
+    file = path / "student" / "diffdistill.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"teacher": "shapes-dit"}))
+    said = report.verdict(read_run(path), {"shapes-v1": world("shapes-v1")})
+    assert said.count("no comparable number of the teacher") == 2
 
 
 def test_page_is_self_contained_and_escapes_what_it_is_given(tmp_path, teacher):
     text = write_report([fake_run(tmp_path / "run")]).read_text()
     assert "<script" not in text.lower()
     assert text.count("&lt;script&gt;document.title=&quot;owned") >= 2  # prompt and configuration
-    assert not re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?(?!data:image/png)[^"'>\s]+""", text)
+    assert not re.findall(
+        r"""(?:src|href|url)\s*[=(]\s*["']?(?!data:image/(?:png|svg\+xml);base64,)[^"'>\s]+""", text
+    )
     assert "http:" not in text and "@import" not in text and "<link" not in text
     for wanted in (
-        "student before training", "teacher, 25 steps", "1,234,567", "3 min 34 s", "2.41 GiB",
+        "student before training", "shapes-sd, 25 steps", "1,234,567", "3 min 34 s", "2.41 GiB",
         "n 5,000", "10,000 reference images", NET, "left out: 1",
         "&quot;torch&quot;: &quot;2.14&quot;",
-        "GenEval, n 600", "loss fake_score/dsm", "gradient norm", "expected 2 circles, found 1",
+        "GenEval ↑, n 600", "fake_score/dsm", "gradient norm", "expected 2 circles, found 1",
+        "321 images/s", "default-src 'none'; img-src data:;",
     ):  # fmt: skip
         assert wanted in text, wanted
     assert text.count('class="right"') + text.count('class="wrong"') == 60
@@ -154,7 +195,7 @@ def test_numbers_that_differ_in_protocol_n_or_net_never_share_a_column(tmp_path,
     assert len(fd) == 2 and sum(t.startswith("CLIP") for t in head) == 2
     assert sum(t.startswith("GenEval") for t in head) == 1
     values = [[row[i] for i in fd] for row in body]
-    assert sorted(values[0]) == ["", "12.3"] and sorted(values[1]) == ["", "11"]
+    assert sorted(values[0]) == ["", "12.35"] and sorted(values[1]) == ["", "11.00"]
     assert values[0].index("") != values[1].index("")
     assert key(record("fd", 1.0)) == key(record("fd", 2.0, steps=4, nfe=4))
     for change in ({"n": 1}, {"m": 1}, {"reference": "x"}, {"resize": "clean"}, {"protocol": "p"}):
@@ -169,7 +210,7 @@ def test_incomparable_teacher_is_said_so(tmp_path, teacher):
     file.write_text(json.dumps(data))
     write_report([path], tmp_path / "out")
     text = json.loads((tmp_path / "out" / "report.json").read_text())["runs"][0]["verdict"]
-    assert text == "1 step: FD 12 (n 500; no comparable number of the teacher)."
+    assert text == "1 step: FD 12.00 (n 500; no comparable number of the teacher)."
 
 
 def test_unfinished_and_failed_runs_have_a_report(tmp_path, teacher):
@@ -192,7 +233,7 @@ def test_unfinished_and_failed_runs_have_a_report(tmp_path, teacher):
 def test_several_runs_share_one_table(tmp_path, teacher):
     runs = [fake_run(tmp_path / "one"), fake_run(tmp_path / "two", fd=30.0)]
     text = write_report(runs, tmp_path / "both").read_text()
-    assert text.count('<tr class="student">') == 2
+    assert text.count("<i>student</i>") == 2
     assert "From the same noise · one" in text and "From the same noise · two" in text
 
 
@@ -206,41 +247,181 @@ def test_resumed_log_counts_each_step_once(tmp_path):
     assert [r["a/x"] for r in run.log] == [1.0, 5.0] and run.damaged == 0
 
 
-def test_charts_place_points_where_they_belong():
-    svg = chart("loss", {"a": [(0, 1.0), (10, 2.0)]})
-    (line,) = re.findall(r'points="([^"]+)"', svg)
-    (x0, y0), (x1, y1) = (map(float, p.split(",")) for p in line.split())
-    assert (x0, x1) == (42.0, 352.0) and y1 < y0  # larger is higher
-    assert "(log)" not in svg and "(log)" in chart("loss", {"a": [(0, 1.0), (1, 100.0)]})
-    assert chart("loss", {"a": [(0, math.nan)]}) == ""
-    assert ticks(0.0, 1.0, False) == [0.0, 0.5, 1.0] and ticks(-0.1, 2.1, True)[:2] == [1.0, 5.0]
-    level = re.findall(
-        r'class="level"[^>]* y1="([\d.]+)"', chart("x", {"a": [(0, 1.0), (9, 3.0)]}, level=2.0)
-    )
-    assert level == ["78.0"]  # half way between top and bottom
+# ---- figures ----------------------------------------------------------------------------
+
+
+def points(panel, label):
+    (line,) = [line for line in panel.lines if line.label == label]
+    return line.points, list(line.texts)
+
+
+@pytest.fixture
+def sheets(monkeypatch):
+    """The panels of every sheet, none of which is drawn."""
+    drawn = []
+    monkeypatch.setattr(figures, "sheet", lambda panels: drawn.append(panels) or "")
+    return drawn
+
+
+def drawn_for(runs):
+    """What is said of the figures of a protocol."""
+    read = [read_run(run) for run in runs]
+    steps = report.steps_figure("shapes-v1", world("shapes-v1"), read)
+    return steps + report.guidance_figure("shapes-v1", world("shapes-v1"), read)
+
+
+def test_steps_against_quality_has_teacher_and_students(tmp_path, teacher, sheets):
+    drawn_for([fake_run(tmp_path / "one"), fake_run(tmp_path / "two", fd=30.0)])
+    (panels,) = sheets
+    assert [p.title for p in panels] == ["FD ↓", "GenEval ↑", "CLIP score ↑", "Recall ↑"]
+    assert all(p.x == "network passes per image" and p.costs for p in panels)
+    want = [(2, 244.0), (4, 131.0), (8, 55.0), (50, 9.8)]
+    assert points(panels[0], "shapes-sd (teacher)") == (want, ["1", "2", "4", "25"])
+    assert points(panels[0], "one")[0] == [(1, 12.3456)]
+    assert points(panels[0], "two")[0] == [(1, 30.0)]  # at one cost, so not joined
+    assert panels[0].levels == [("real images", 0.5)] and not panels[1].levels
+
+
+def test_students_of_one_method_at_several_costs_are_joined(tmp_path, teacher, sheets):
+    runs = [fake_run(tmp_path / name, fd=fd) for name, fd in (("a", 20.0), ("b", 9.0))]
+    file = runs[0] / "eval" / "step_001000.json"
+    data = json.loads(file.read_text())
+    for r in data["records"]:
+        r |= {"steps": 4, "nfe": 4}
+    file.write_text(json.dumps(data))
+    drawn_for(runs)
+    assert points(sheets[0][0], "dmd") == ([(1, 9.0), (4, 20.0)], ["1", "4"])
+
+
+def test_the_student_is_marked_on_the_teachers_curve(tmp_path, teacher, sheets):
+    store_curve(teacher)
+    text = drawn_for([fake_run(tmp_path / "run")])
+    _, panels = sheets
+    assert [(p.x, p.y) for p in panels] == [
+        ("CLIP score ↑", "FD ↓"), ("GenEval ↑", "FD ↓"), ("Recall ↑", "Precision ↑"),
+    ]  # fmt: skip
+    curve = [(0.24, 14.0), (0.3, 8.1), (0.33, 9.8), (0.36, 21.0)]
+    label = "shapes-sd (teacher), guidance 1 to 7"
+    assert points(panels[0], label) == (curve, ["1", "2", "3", "7"])
+    (star,) = [line for line in panels[0].lines if line.star]
+    assert (star.label, star.points) == ("run", [(0.31, 12.3456)])
+    assert "The teacher has 25 steps" in text and "shapes-sd, n 5,000" in text
+    said = f"CLIP score, FD, Recall, Precision: n 5,000, {NET}; GenEval: n 600, shapes-detector."
+    assert f"Protocol shapes-v1. {said}" in text
+    assert [row.label for row in world("shapes-v1").curve][:2] == [
+        "shapes-sd, guidance 1", "shapes-sd, guidance 2",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda folder: None, "has not been measured for shapes-v1. To make it: python -m"),
+        (lambda folder: store_curve(folder, weights="2"), "of shapes-v1 is of other weights"),
+        (lambda folder: store_curve(folder, feature_net="net:0"), "cannot be compared"),
+        (lambda folder: (folder / "shapes-v1.json").unlink(), "nothing ships with protocol"),
+    ],
+)
+def test_wrong_or_missing_curves_are_not_drawn_and_said_so(tmp_path, teacher, sheets, make, words):
+    make(teacher)
+    text = drawn_for([fake_run(tmp_path / "run")])
+    assert "No curve is drawn" in text and words in text
+    assert not any(panel.y for panels in sheets for panel in panels)
+    assert world("another").curve == []
+
+
+def axes():
+    from matplotlib.figure import Figure
+
+    return Figure().subplots()
+
+
+def test_a_panel_shows_every_finite_point_where_it_belongs():
+    ax = axes()
+    teacher = Line("teacher", [(2, 244.0), (50, 9.8), (8, math.nan)], texts=["1", "25", "4"])
+    levels = [("floor", 0.5), ("lost", math.nan)]
+    star = Line("ours", [(1, 12.0)], 0, ["1"], star=True)
+    figures.draw(ax, Panel("FD", [teacher, star], "passes", levels=levels, costs=True))
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in ax.lines}
+    assert drawn["teacher"] == [[2, 244.0], [50, 9.8]] and drawn["ours"] == [[1, 12.0]]
+    assert [line.get_ydata() for line in ax.lines if line.get_label()[0] == "_"] == [[0.5, 0.5]]
+    assert sorted(t.get_text() for t in ax.texts) == ["1", "1", "25", "floor"]
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["1", "2", "8", "50"]
+    low, high = ax.get_ylim()
+    assert low < 0.5 and high > 244
+
+
+def test_axes_are_logarithmic_over_decades_only():
+    for values, linear, scale in (
+        ((1.0, 100.0), False, "log"), ((1.0, 100.0), True, "linear"),
+        ((1.0, 14.0), False, "linear"), ((-1.0, 100.0), False, "linear"),
+    ):  # fmt: skip
+        ax = axes()
+        figures.draw(ax, Panel("", [Line("a", list(enumerate(values)))], "", linear=linear))
+        assert ax.get_yscale() == scale
+
+
+def test_texts_stand_beside_their_line():
+    ax = axes()
+    line = Line("a", [(0, 0.0), (1, 1.0), (2, 0.0)], texts=["p", "q", "r"])
+    figures.draw(ax, Panel("", [line], ""))
+    offset = {t.get_text(): t.xyann for t in ax.texts}
+    assert offset["p"][0] > 0 > offset["p"][1]  # the line rises: to the lower right
+    assert offset["r"][0] > 0 and offset["r"][1] > 0  # it falls: to the upper right
+    assert abs(offset["q"][0]) < 1e-6 and abs(offset["q"][1]) == pytest.approx(9)
+
+
+def test_means_and_short_numbers():
     assert thin([(i, float(i)) for i in range(1000)])[0] == (2.0, 2.0)  # mean of 0 .. 4
+    assert running_mean([(0, 1.0)] * 23) == []
+    flat = running_mean([(i, float(i % 2)) for i in range(48)])  # windows of five
+    assert len(flat) == 48 and flat[10] == (10, 0.4) and flat[0] == (0, pytest.approx(1 / 3))
+    assert [short(v) for v in (0.5, 12_800, 2e6)] == ["0.5", "12.8k", "2M"]
+    shown = [number(v) for v in (0.0, 0.0024, 0.5, 5.7, 1234.5, math.nan, None)]
+    assert shown == ["0.000", "0.0024", "0.500", "5.70", "1,234", "not finite", "not finite"]
 
 
-def test_page_renders_in_a_browser(tmp_path, teacher):
+# ---- a browser --------------------------------------------------------------------------
+
+
+def look(page, shot):
+    """What Chromium says of a page, with a picture of it."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
     if browser is None:
         pytest.skip("chromium is not installed")
-    page = write_report([fake_run(tmp_path / "run")])
-    shot = tmp_path / "shot.png"
     done = subprocess.run(
         [
             browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
             "--no-first-run", "--disable-background-networking", "--disable-component-update",
-            "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--hide-scrollbars",
-            "--enable-logging=stderr", "--window-size=1100,1400", f"--screenshot={shot}",
+            "--disable-sync", f"--user-data-dir={shot.parent / 'profile'}", "--hide-scrollbars",
+            "--enable-logging=stderr", "--window-size=1100,2600", f"--screenshot={shot}",
             page.as_uri(),
         ],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert shot.is_file(), done.stderr[-2000:]
-    assert "CONSOLE" not in done.stderr  # no error of the page itself
+    return done.stderr
+
+
+def test_page_renders_in_a_browser(tmp_path, teacher):
+    """Its policy allows no request, and a request that is refused would be an error here."""
+    store_curve(teacher)
+    page, shot = write_report([fake_run(tmp_path / "run")]), tmp_path / "shot.png"
+    assert len(json.loads((page.parent / "report.json").read_text())["guidance"]) == 4
+    assert "CONSOLE" not in look(page, shot)
     pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
     ink = (np.abs(pixels - pixels[2, 2]).sum(-1) > 60).any(1)  # rows that show something
-    assert pixels.shape[:2] == (1400, 1100) and ink.mean() > 0.4
+    assert pixels.shape[:2] == (2600, 1100) and ink.mean() > 0.4
     colourful = np.ptp(pixels, axis=-1) > 80
     assert colourful.sum() > 5000  # the grids are there
+
+
+def test_wrong_pages_that_ask_the_network_are_noticed(tmp_path, teacher):
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "config.yaml").write_text("a: 1\n")
+    page = write_report([path])
+    text = page.read_text().replace("</main>", '<img src="https://example.invalid/x.png"></main>')
+    page.write_text(text)
+    assert "Content Security Policy" in look(page, tmp_path / "shot.png")
