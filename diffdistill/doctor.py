@@ -147,6 +147,8 @@ def _versions() -> list[str]:
 def _devices() -> list[str]:
     import torch
 
+    from diffdistill.kernels import describe_backends
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     exported = os.environ.get("OMP_NUM_THREADS", "not set")
     lines = [f"CPU: {cores} cores, {torch.get_num_threads()} threads (OMP_NUM_THREADS {exported})"]
@@ -158,7 +160,8 @@ def _devices() -> list[str]:
         lines.append(f"cuda:{i}: {p.name}, {p.total_memory / 2**30:.0f} GiB")
     backends = ("flash", "mem_efficient", "cudnn", "math")
     on = [b for b in backends if getattr(torch.backends.cuda, f"{b}_sdp_enabled")()]
-    return [*lines, f"attention back ends enabled: {', '.join(on)}"]
+    lines.append(f"attention back ends enabled: {', '.join(on)}")
+    return [*lines, f"attention under a forward-mode derivative: {describe_backends()}"]
 
 
 def _matmul_seconds(dtype: Any) -> float:

@@ -213,6 +213,7 @@ def test_doctor(capsys):
     for words in (torch.__version__.split("+")[0], "omegaconf", "cores", "bf16", "GiB free"):
         assert words in said
     assert "teacher shapes-sd" in said and "judge shapes-clip" in said and "data fashion" in said
+    assert "attention under a forward-mode derivative: cpu: chunked (torch)" in said
 
 
 def test_doctor_says_what_a_recipe_lacks(tmp_path, monkeypatch, capsys):
