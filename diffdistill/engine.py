@@ -2,7 +2,7 @@
 
 Semantics (every method spec relies on them):
 
-* Steps count from 0; an update runs when step % every == 0 and start <= step < stop.
+* Steps count from 0; an update runs when step % every == offset and start <= step < stop.
 * The loss of an update is the sum of the returned scalars; names starting with "_" are logged only.
 * During an update only its roles require gradients and are in train mode. Gradients still flow
   through the other networks to the student.
@@ -201,7 +201,7 @@ class Engine:
 
     def _count(self, update: Update) -> int:
         stop = min(self.cfg.steps, update.stop if update.stop is not None else self.cfg.steps)
-        first = -(-update.start // update.every) * update.every
+        first = update.start + (update.offset - update.start) % update.every
         return max(0, -(-(stop - first) // update.every)) * update.repeat
 
     # ---- the loop -----------------------------------------------------------------------
@@ -272,7 +272,7 @@ class Engine:
 
     def _due(self, update: Update) -> bool:
         return (
-            self.step % update.every == 0
+            self.step % update.every == update.offset
             and self.step >= update.start
             and (update.stop is None or self.step < update.stop)
         )
@@ -293,6 +293,9 @@ class Engine:
                 logs[key] = logs.get(key, 0) + value.detach() / (len(batches) * update.repeat)
         for name in update.trains:
             self._optimizer_step(name, logs)
+        if update.after is not None:
+            with torch.no_grad():
+                update.after()
 
     def _optimizer_step(self, name: str, logs: dict[str, Tensor]) -> None:
         role = self.roles[name]

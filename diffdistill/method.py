@@ -10,7 +10,7 @@ The engine (`diffdistill.engine`) owns optimizers, devices, precision, EMA, logg
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -45,6 +45,7 @@ class Batch:
     device: torch.device | str = "cpu"
     memo: dict[str, Any] = field(default_factory=dict)  # from one update of a step to the next
     shared: torch.Generator | None = None  # random numbers that agree on all processes
+    prompts: Sequence[Any] | None = None  # prompts or labels as given, if the method needs them
 
     def randint(self, n: int) -> int:
         """An integer in [0, n), the same on every process."""
@@ -58,10 +59,12 @@ class Update:
     name: str  # prefix in logs: "fake_score/dsm"
     trains: tuple[str, ...]  # roles whose parameters move
     loss: Callable[[Batch], Losses]
-    every: int = 1  # runs when step % every == 0
+    every: int = 1  # runs when step % every == offset
     repeat: int = 1  # times per step; from the second on, fresh micro-batches
     start: int = 0  # first step at which it is active
     stop: int | None = None  # first step at which it is not
+    offset: int = 0  # below `every`: updates of equal `every` can take turns
+    after: Callable[[], None] | None = None  # called behind the optimizer step, without gradients
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Needs:
     pair_steps: int = 0  # solver steps of each; 0: the teacher's default
     teacher: Literal["denoiser", "tokens"] = "denoiser"
     features: bool = False  # a feature_layer for a discriminator
+    prompts: bool = False  # `Batch.prompts`, for rewards
 
 
 @dataclass(frozen=True)

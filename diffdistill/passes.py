@@ -50,8 +50,9 @@ def dry_engine(cfg: RunConfig, teacher: Teacher, accelerator: Accelerator) -> En
     eps = torch.randn(made.size, *denoiser.shape)
     pairs = (eps, torch.randn_like(eps), made.cond) if needs.pairs else None
     stream = TensorStream(
-        made.size, denoiser.shape, made.cond, x=made.x, pairs=pairs, device=accelerator.device
-    )
+        made.size, denoiser.shape, made.cond, x=made.x, pairs=pairs, prompts=made.prompts,
+        device=accelerator.device,
+    )  # fmt: skip
     roles = make_roles(method, denoiser, cfg.student.lora_rank)
     for module in roles.values():
         module.to(accelerator.device)
@@ -122,10 +123,7 @@ class Counter:
     def step(self, step: int, seed: int) -> int:
         engine = self.engine
         engine.step = step
-        self._due = tuple(
-            i for i, u in enumerate(engine.updates)
-            if step % u.every == 0 and u.start <= step and (u.stop is None or step < u.stop)
-        )  # fmt: skip
+        self._due = tuple(i for i, u in enumerate(engine.updates) if engine._due(u))
         known = self._replay(step, seed)
         if known is None:
             engine.cfg = replace(engine.cfg, seed=seed)

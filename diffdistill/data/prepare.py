@@ -123,8 +123,9 @@ def stream(
         )  # fmt: skip
     shape = teacher.denoiser.shape
     return TensorStream(
-        len(raw.conditions), shape, lookups, x=x, pairs=pairs, seed=seed, device=device
-    )
+        len(raw.conditions), shape, lookups, x=x, pairs=pairs, seed=seed, device=device,
+        prompts=raw.conditions if needs.prompts else None,
+    )  # fmt: skip
 
 
 def teacher_pairs(

@@ -10,6 +10,7 @@ consecutive scenes is balanced.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -255,6 +256,35 @@ def vocabulary() -> list[str]:
     """Every word that a caption of this world can contain."""
     fixed = ["a", "an", "photo", "of", "and", "left", "right", "above", "below"]
     return [*fixed, *SHAPES, *PLURALS, *COLOURS, *NUMBERS.values()]
+
+
+def record_of(caption: str) -> dict:
+    """The GenEval record of a caption of this world. ValueError: it is none."""
+    colours, kinds = "|".join(COLOURS), "|".join(SHAPES)
+    thing = f"an? (?:(?P<colour{{0}}>{colours}) )?(?P<shape{{0}}>{kinds})"
+    pair = f"(?: (?P<link>and|{'|'.join(RELATIONS)}) {thing.format(2)})?"
+    many = f"(?P<number>{'|'.join(NUMBERS.values())}) (?P<plural>{'|'.join(PLURALS)})"
+    found = re.fullmatch(f"a photo of (?:{thing.format(1)}{pair}|{many})", caption)
+    if found is None:
+        raise ValueError(
+            f"{caption!r} is no caption of the shapes world. Give some like 'a photo of a red star'"
+        )
+    said = found.groupdict()
+    if said["number"]:
+        n = next(n for n, word in NUMBERS.items() if word == said["number"])
+        shape = SHAPES[PLURALS.index(said["plural"])]
+        record = {"tag": "counting", "include": [{"class": shape, "count": n}]}
+        return record | {"exclude": [{"class": shape, "count": n + 1}], "prompt": caption}
+    clauses = [{"class": said[f"shape{i}"], "count": 1} for i in (1, 2) if said[f"shape{i}"]]
+    for clause, colour in zip(clauses, (said["colour1"], said["colour2"]), strict=False):
+        clause |= {"color": colour} if colour else {}
+    tag = "colors" if said["colour1"] else "single_object"
+    if said["link"] in RELATIONS:
+        tag, clauses = "position", clauses[::-1]
+        clauses[1]["position"] = [said["link"], 0]
+    elif said["link"]:
+        tag = "color_attr" if said["colour1"] else "two_object"
+    return {"tag": tag, "include": clauses, "prompt": caption}
 
 
 FACTS = (1 + len(SHAPES), 5, 1 + len(COLOURS), 1 + len(RELATIONS))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ class TensorStream:
         x: float [N, ...] or None for methods that see no images.
         pairs: (eps, x, cond lookups) of stored teacher trajectories.
         extra: further lookups, for `Batch.extra`.
+        prompts: prompt or label of each row, for `Batch.prompts`.
     """
 
     def __init__(
@@ -54,11 +56,12 @@ class TensorStream:
         x: Tensor | None = None,
         pairs: tuple[Tensor, Tensor, Mapping[str, Lookup]] | None = None,
         extra: Mapping[str, Lookup] | None = None,
+        prompts: Sequence[Any] | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
     ):
         self.size, self.shape, self.cond, self.device = size, shape, cond, device
-        self.x, self.pairs, self.extra = x, pairs, extra or {}
+        self.x, self.pairs, self.extra, self.prompts = x, pairs, extra or {}, prompts
         self._order = Shuffled(size, seed)
         self._pair_order = Shuffled(len(pairs[0]), seed + 1) if pairs is not None else None
 
@@ -78,6 +81,7 @@ class TensorStream:
             extra=self._look(self.extra, index),
             device=self.device,
             shared=torch.Generator(),
+            prompts=self.prompts and [self.prompts[i] for i in index.tolist()],
         )
 
     def _look(self, cond: Mapping[str, Lookup], index: Tensor) -> Cond:
