@@ -231,13 +231,16 @@ def fashion_edm(settings: Settings, folder: Path, accelerator: Accelerator, trai
     x = pixels.float() / 127.5 - 1
     _classifier(settings, x, labels, folder, accelerator, train)
     torch.manual_seed(0)
+    widths, fold = tuple(settings["unet"]["widths"]), settings["unet"]["fold"]
+    inner = len(widths) - 1  # all levels but the first have attention
     unet = UNet2DModel(
-        sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, norm_num_groups=16,
-        block_out_channels=tuple(settings["unet"]["widths"]), num_class_embeds=11,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"), attention_head_dim=32,
+        sample_size=32 // fold, in_channels=fold**2, out_channels=fold**2, norm_num_groups=16,
+        layers_per_block=settings["unet"]["layers"], block_out_channels=widths,
+        num_class_embeds=11, attention_head_dim=32,
+        down_block_types=("DownBlock2D", *["AttnDownBlock2D"] * inner),
+        up_block_types=(*["AttnUpBlock2D"] * inner, "UpBlock2D"),
     )  # fmt: skip
-    denoiser = edm_denoiser(unet, size=28, fold=2, sigma_data=0.5)
+    denoiser = edm_denoiser(unet, size=28, fold=fold, sigma_data=0.5)
     stream = TensorStream(
         len(x), (1, 28, 28), {"label": lambda i: labels[i]}, x=x, device=accelerator.device
     )
@@ -248,13 +251,9 @@ def fashion_edm(settings: Settings, folder: Path, accelerator: Accelerator, trai
     out = folder / "teachers" / "fashion-edm"
     unet.half()
     pipe = EDMPipeline(
-        unet,
-        HeunEDMScheduler(sigma_min=settings["sigma_min"]),
-        size=28,
-        fold=2,
-        sigma_data=0.5,
+        unet, HeunEDMScheduler(**settings["sampler"]), size=28, fold=fold, sigma_data=0.5,
         num_classes=10,
-    )
+    )  # fmt: skip
     pipe.save_pretrained(out)
     _card(
         out,
@@ -264,8 +263,9 @@ def fashion_edm(settings: Settings, folder: Path, accelerator: Accelerator, trai
             "licence": "MIT (data), Apache-2.0 (weights)",
         },
         settings,
-        "A class-conditional UNet2DModel with EDM preconditioning on Fashion-MNIST, 28x28, folded "
-        "space-to-depth to 16x16x4; 10 classes and a null class (10 % label dropout).",
+        "A class-conditional UNet2DModel with EDM preconditioning on Fashion-MNIST, 28x28, "
+        f"padded and folded space-to-depth by {fold}; 10 classes and a null class (10 % label "
+        "dropout).",
     )  # fmt: skip
     return out
 
