@@ -35,7 +35,7 @@ class Runtime:
 
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = False
-    attention: Literal["auto", "math"] = "auto"
+    attention: Literal["auto", "math"] = "auto"  # math: in passes that keep a graph
 
     @contextlib.contextmanager
     def context(self, device: torch.device):
@@ -44,7 +44,7 @@ class Runtime:
         with contextlib.ExitStack() as stack:
             if self.dtype in dtypes:
                 stack.enter_context(torch.autocast(device.type, dtypes[self.dtype]))
-            if self.attention == "math":
+            if self.attention == "math" and torch.is_grad_enabled():
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             yield
 

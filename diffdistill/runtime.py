@@ -1,8 +1,9 @@
 """Choose, by measuring, what makes the same arithmetic faster on this machine.
 
-Candidates, one after the other: bf16 autocast, the math attention back end (the fused CPU kernel's
-bf16 backward is many times slower on some machines), channels_last. Each is kept if a forward and
-backward pass of the teacher's network gets at least 5 % faster. The choice is stored in the run.
+Candidates, one after the other: bf16 autocast, the math attention back end in passes that keep a
+graph (the fused CPU kernel's bf16 backward is many times slower on some machines), channels_last.
+Each is kept if a forward and backward pass of the teacher's network gets at least 5 % faster. The
+choice is stored in the run.
 """
 
 from __future__ import annotations

@@ -121,7 +121,8 @@ class DMD(Method):
 
     def fake_score_loss(self, batch: Batch):
         x, cond = seen_samples(batch, self.generate)
-        t = uniform_times(self.schedule, x)
+        low, high = self.cfg.t_low - 0.02, self.cfg.t_high + 0.02  # by default the full grid
+        t = uniform_times(self.schedule, x, max(low, 0.0), min(high, 1.0))
         losses = {"dsm": dsm(self.fake_score, x, torch.randn_like(x), t, cond)}
         if self.cfg.gan > 0:
             real, fake = self.logits(batch.x, batch.cond), self.logits(x, cond)
