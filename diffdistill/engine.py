@@ -24,7 +24,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
@@ -353,7 +353,8 @@ class Engine:
         first = self.acc.process_index * per_rank
         starts = range(first, first + per_rank, self.micro)
         size = self.cfg.batch_size
-        return [self.stream.batch(self.step, draw, range(s, s + self.micro), size) for s in starts]
+        rows = (range(s, s + self.micro) for s in starts)
+        return [replace(self.stream.batch(self.step, draw, r, size), step=self.step) for r in rows]
 
     def _unfreeze_only(self, trains: tuple[str, ...]) -> None:
         if trains == self._frozen_for:

@@ -46,6 +46,7 @@ class Batch:
     memo: dict[str, Any] = field(default_factory=dict)  # from one update of a step to the next
     shared: torch.Generator | None = None  # random numbers that agree on all processes
     prompts: Sequence[Any] | None = None  # prompts or labels as given, if the method needs them
+    step: int = 0  # of the engine
 
     def randint(self, n: int) -> int:
         """An integer in [0, n), the same on every process."""

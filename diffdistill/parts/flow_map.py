@@ -1,0 +1,175 @@
+"""Flow maps of a teacher's ODE, on straight paths: z_t = (1 - t) x + t eps, 1 >= t >= r >= 0.
+
+Boffi, Albergo and Vanden-Eijnden, "How to build a consistency model: Learning flow maps via
+self-distillation", arXiv 2505.18825 (there t runs backwards).
+
+    X(z, t, r) = z - (t - r) u(z, t, r),   u(z, t, t) = v(z, t) = dz/dt
+
+    Eulerian     u = v(z, t) - (t - r) (grad_z u . v + du/dt)
+    Lagrangian   u = v(X, r) + (t - r) du/dr
+    semigroup    u = (1 - g) u(z, t, w) + g u(X(z, t, w), w, r),   w = g t + (1 - g) r
+
+x is the teacher's clean data over their std s. Its network sees rho z at its own time tau, so any
+schedule and prediction will do. D = z - t u is the clean estimate that students' samplers ask for.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.denoiser import Cond
+from diffdistill.parts.trig import Denoise, Trig
+from diffdistill.schedules import Schedule, bcast
+
+LOW = 1e-3  # v divides by t
+
+
+class Flow:
+    """The time and scale of a teacher on straight paths.
+
+    Attributes:
+        low, high: the range of t at which networks are asked.
+    """
+
+    def __init__(self, trig: Trig):
+        """`trig` with sigma_data 1: the same data and noise on a circle, x_t = z_t / norm."""
+        assert trig.sigma_data == 1
+        self.trig, self.low = trig, LOW
+        self.high = math.tan(trig.high) / (1 + math.tan(trig.high))
+
+    def data(self, x: Tensor) -> Tensor:
+        return self.trig.data(x)
+
+    def clean(self, denoise: Denoise, z: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """D(z_t, t): [B, ...]; t float64 [B]."""
+        norm = ((1 - t).square() + t.square()).sqrt()
+        return self.trig.clean(denoise, z / bcast(norm, z), torch.atan2(t, 1 - t), cond)
+
+    def velocity(self, denoise: Denoise, z: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """(z - D) / t: dz/dt, or u if the denoiser hears a second time."""
+        return (z - self.clean(denoise, z, t, cond)) / bcast(t, z)
+
+    def own(self, t: Sequence[float]) -> list[float]:
+        """The teacher's times."""
+        at = torch.tensor(t, dtype=torch.float64)
+        return self.trig.own(torch.atan2(at, 1 - at))[0].tolist()
+
+
+def flow_time(schedule: Schedule, data_std: float, tau: Tensor) -> Tensor:
+    """t of a teacher's time, float64."""
+    a, b = schedule.alpha(tau), schedule.sigma(tau)
+    return b / (data_std * a + b)
+
+
+def interpolate(x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """z_t = (1 - t) x + t eps."""
+    return bcast(1 - t, x) * x + bcast(t, x) * eps
+
+
+def jump(z: Tensor, u: Tensor, t: Tensor, r: Tensor) -> Tensor:
+    """X = z - (t - r) u."""
+    return z - bcast(t - r, z) * u
+
+
+def eulerian(v: Tensor, moved: Tensor, t: Tensor, r: Tensor, share: float = 1.0) -> Tensor:
+    """Target for u(z, t, r); `moved` is its derivative along (v, 1, 0) in (z, t, r)."""
+    return v - share * bcast(t - r, v) * moved
+
+
+def lagrangian(v_end: Tensor, moved: Tensor, t: Tensor, r: Tensor, share: float = 1.0) -> Tensor:
+    """Target for u(z, t, r); `v_end` is v(X, r), `moved` is du/dr."""
+    return v_end + share * bcast(t - r, v_end) * moved
+
+
+def between(t: Tensor, r: Tensor, g: Tensor) -> Tensor:
+    """w = g t + (1 - g) r."""
+    return g * t + (1 - g) * r
+
+
+def adaptive(residual: Tensor, power: float, c: float) -> Tensor:
+    """S / sg(S + c)^power with S the sum of squares of each sample, [B] (arXiv 2505.13447)."""
+    square = residual.square().flatten(1).sum(1)
+    return square / (square.detach() + c) ** power
+
+
+# ---- the second time --------------------------------------------------------------------
+
+
+class TwoTimes(nn.Module):
+    """A copy of a teacher's network that also hears the time r it jumps to.
+
+    An embedding of t - r is added to what the network's `time_embedding` says. Its last layer
+    starts at zero, so u(z, t, r) starts as v(z, t). Without r, as samplers call it, r is the next
+    of `times`, or 0.
+
+    Args:
+        net: called as net(z, tau, **cond); has a sub-module `time_embedding` that ends in a linear
+            layer, as diffusers' UNets have.
+        times: t of the sampler's steps, falling.
+    """
+
+    WAVES = 16
+
+    def __init__(self, net: nn.Module, schedule: Schedule, data_std: float, times: Sequence[float]):
+        super().__init__()
+        self.net = copy.deepcopy(net)
+        self.schedule, self.data_std, self.times = schedule, data_std, tuple(times)
+        width = self._linear(self._embedding()).out_features
+        self.second = nn.Sequential(
+            nn.Linear(2 * self.WAVES, width), nn.SiLU(), nn.Linear(width, width)
+        )
+        nn.init.zeros_(self.second[-1].weight)
+        nn.init.zeros_(self.second[-1].bias)
+
+    def forward(self, z: Tensor, tau: Tensor, r: Tensor | None = None, **cond: Tensor) -> Tensor:
+        t = flow_time(self.schedule, self.data_std, tau)
+        shift = self.shift(t - (self.following(t) if r is None else r))
+        handle = self._embedding().register_forward_hook(
+            lambda m, i, out: out + shift.to(out.dtype)
+        )
+        try:
+            return self.net(z, tau, **cond)
+        finally:
+            handle.remove()
+
+    def shift(self, h: Tensor) -> Tensor:
+        """What a jump of length h [B] adds to the time embedding, [B, width]."""
+        k = torch.arange(self.WAVES, dtype=h.dtype, device=h.device)
+        angles = h[:, None] * k
+        features = torch.cat([angles.cos(), angles.sin()], 1)
+        return self.second(features.to(self.second[-1].weight.dtype))
+
+    def following(self, t: Tensor) -> Tensor:
+        """The largest of `times` below t, else 0."""
+        times = torch.tensor([*self.times[1:], 0.0], dtype=t.dtype, device=t.device)
+        lower = times < t[:, None] - 1e-6
+        return (times * lower).amax(1)
+
+    @property
+    def unet(self) -> nn.Module:
+        """The stock UNet of a one-step student: its only jump is a constant in a bias."""
+        assert len(self.times) == 1, "the network hears different jumps"
+        fused = copy.deepcopy(self.net)
+        linear = self._linear(fused.unet.time_embedding)
+        with torch.no_grad():
+            h = torch.tensor(self.times, dtype=torch.float64, device=linear.bias.device)
+            linear.bias += self.shift(h)[0]
+        return fused.unet
+
+    def _embedding(self) -> nn.Module:
+        found = [m for n, m in self.net.named_modules() if n.split(".")[-1] == "time_embedding"]
+        if len(found) != 1:
+            raise ValueError(
+                f"a flow map needs a network with one sub-module `time_embedding`, this one has "
+                f"{len(found)}. Use a teacher whose network is a UNet of diffusers"
+            )
+        return found[0]
+
+    @staticmethod
+    def _linear(embedding: nn.Module) -> nn.Linear:
+        return [m for m in embedding.modules() if isinstance(m, nn.Linear)][-1]
