@@ -11,6 +11,8 @@ own; peak_mib is what the derivative needs on top of its inputs, seconds the bes
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import multiprocessing
 import os
@@ -39,6 +41,9 @@ def peak_mib(call: Callable[[], object], device: str = "cpu") -> float:
         before = torch.cuda.memory_allocated()
         call()
         return (torch.cuda.max_memory_allocated() - before) / MIB
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # freed blocks that glibc keeps would be used again, unseen
     Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is held now
     before = _status("VmRSS")
     call()
