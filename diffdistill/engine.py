@@ -6,6 +6,7 @@ Semantics (every method spec relies on them):
 * The loss of an update is the sum of the returned scalars; names starting with "_" are logged only.
 * During an update only its roles require gradients and are in train mode. Gradients still flow
   through the other networks to the student.
+* `after` of an update is called behind its optimizer steps, without gradients.
 * All updates of a step see the same micro-batches; only the second and later runs of an update
   with `repeat` draw fresh ones.
 * Noise is a function of (seed, step, update, repeat, micro-batch, rank), so a resumed run needs no
@@ -261,7 +262,7 @@ class Engine:
         logs: dict[str, Tensor] = {}
         shared = self._micro_batches(0)
         for index, update in enumerate(self.updates):
-            if not self._due(update):
+            if not self.due(update):
                 continue
             self._unfreeze_only(update.trains)
             for repeat in range(update.repeat):
@@ -270,7 +271,8 @@ class Engine:
         self.step += 1
         return logs
 
-    def _due(self, update: Update) -> bool:
+    def due(self, update: Update) -> bool:
+        """Whether the update runs in the current step."""
         return (
             self.step % update.every == update.offset
             and self.step >= update.start

@@ -123,7 +123,7 @@ class Counter:
     def step(self, step: int, seed: int) -> int:
         engine = self.engine
         engine.step = step
-        self._due = tuple(i for i, u in enumerate(engine.updates) if engine._due(u))
+        self._due = tuple(i for i, u in enumerate(engine.updates) if engine.due(u))
         known = self._replay(step, seed)
         if known is None:
             engine.cfg = replace(engine.cfg, seed=seed)

@@ -428,7 +428,7 @@ def set_threads(threads: int, accelerator: Accelerator) -> None:
     """Cores / local processes: `accelerate launch` exports OMP_NUM_THREADS=1 on a CPU.
 
     glibc gives large freed blocks back to the kernel, and every step would pay for its pages
-    again (6 % of a step of shapes-sd on one core): it is told to keep them.
+    again: it is told to keep them.
     """
     local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
     cores = (

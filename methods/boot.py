@@ -29,7 +29,7 @@ from diffdistill.denoiser import Denoiser, guided
 from diffdistill.method import Batch, Method, MethodConfig, Update
 from diffdistill.parts.checks import check_times
 from diffdistill.parts.perceptual import distance
-from diffdistill.parts.signal import Solver, signal_levels, signal_step, told
+from diffdistill.parts.signal import Solver, grid_time, signal_levels, signal_step, told
 from diffdistill.registry import register_method
 from diffdistill.schedules import bcast, grid_index
 
@@ -70,11 +70,9 @@ class BOOT(Method):
     def signal(self, eps, level, cond):
         """y(eps, level)."""
         (at,) = self.sampler().times
-        grid = self.schedule.grid().to(eps.device)
-        top = int(grid_index(self.schedule, torch.tensor(at, dtype=torch.float64)))
+        top = grid_index(self.schedule, torch.tensor(at, dtype=torch.float64)).item()
         place = top * (1 - self.cfg.heard * level.double() / (len(self.levels) - 1))
-        low = place.floor().long()
-        time = torch.lerp(grid[low], grid[(low + 1).clamp(max=top)], place - low)
+        time = grid_time(self.schedule, place)
         return told(self.student, eps, at, torch.where(level == 0, at, time), cond)
 
     def loss(self, batch: Batch):

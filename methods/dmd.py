@@ -47,8 +47,8 @@ class Config(MethodConfig):
     gan: float = 0.0  # weight of the student's GAN loss; DMD2: 3e-3
     gan_critic: float = 1e-2  # weight of the discriminator's loss; DMD2
     gan_feature_source: Literal["fake_trainable", "teacher_frozen"] = "fake_trainable"
-    t_low: float = 0.02  # range of the matching times, as a share of the grid
-    t_high: float = 0.98
+    t_low: float = 0.02  # range of the matching times, as a share of the grid; the fake score
+    t_high: float = 0.98  # trains on 0.02 more at both ends
 
     def validate(self) -> None:
         check_student_input(self.student_input, self.student_steps)
@@ -121,8 +121,8 @@ class DMD(Method):
 
     def fake_score_loss(self, batch: Batch):
         x, cond = seen_samples(batch, self.generate)
-        low, high = self.cfg.t_low - 0.02, self.cfg.t_high + 0.02  # by default the full grid
-        t = uniform_times(self.schedule, x, max(low, 0.0), min(high, 1.0))
+        low, high = max(self.cfg.t_low - 0.02, 0.0), min(self.cfg.t_high + 0.02, 1.0)
+        t = uniform_times(self.schedule, x, low, high)
         losses = {"dsm": dsm(self.fake_score, x, torch.randn_like(x), t, cond)}
         if self.cfg.gan > 0:
             real, fake = self.logits(batch.x, batch.cond), self.logits(x, cond)

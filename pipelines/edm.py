@@ -89,14 +89,7 @@ class EDMPipeline(DiffusionPipeline):
         scale = 1.0 if guidance_scale in (None, 0, 1) else float(guidance_scale)  # type: ignore[arg-type]
         denoise, cond = guided(net, scale), {"label": label}
         if isinstance(self.scheduler, HeunEDMScheduler):
-            c = self.scheduler.config
-            draw = lambda y: randn_tensor(  # noqa: E731
-                y.shape, generator=generator, device=y.device, dtype=y.dtype
-            )
-            churn = Churn(c.s_churn, c.s_tmin, c.s_tmax, c.s_noise, draw)
-            denoise = within(net, denoise, c.guidance_tmin, c.guidance_tmax)
-            steps = len(self.scheduler.timesteps)
-            x = heun(denoise, net.schedule, eps, cond, steps, churn=churn)
+            x = self._heun(net, denoise, net.schedule, eps, cond, generator)
         else:
             x = eps * self.scheduler.init_noise_sigma
             for t in self.progress_bar(self.scheduler.timesteps.tolist()):
@@ -104,6 +97,34 @@ class EDMPipeline(DiffusionPipeline):
                 x = self.scheduler.step(x0, t, x, generator=generator, return_dict=False)[0]
         images = self._output(x, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def passes(self, steps: int | None, guidance_scale: float | None) -> int:
+        """Network passes per image of a teacher; guided calls are two. Nothing is evaluated."""
+        count = 0
+
+        def calls(passes: int):
+            def denoise(z: Tensor, _t: Tensor, _cond: object) -> Tensor:
+                nonlocal count
+                count += passes
+                return z
+
+            return denoise
+
+        self.scheduler.set_timesteps(steps)
+        twice = 1 if guidance_scale in (None, 0, 1) else 2
+        eps, unused = torch.zeros(1, 1), torch.Generator()
+        self._heun(calls(1), calls(twice), self.denoiser().schedule, eps, {}, unused)
+        return count
+
+    def _heun(self, plain, guided_denoise, schedule, eps, cond, generator) -> Tensor:
+        """The teacher's sampler, with what its scheduler says about churn and guidance."""
+        c = self.scheduler.config
+        draw = lambda y: randn_tensor(  # noqa: E731
+            y.shape, generator=generator, device=y.device, dtype=y.dtype
+        )
+        churn = Churn(c.s_churn, c.s_tmin, c.s_tmax, c.s_noise, draw)
+        denoise = within(plain, guided_denoise, c.guidance_tmin, c.guidance_tmax)
+        return heun(denoise, schedule, eps, cond, len(self.scheduler.timesteps), churn=churn)
 
     def _labels(self, labels: int | Sequence[int]) -> Tensor:
         values = [labels] if isinstance(labels, int) else [int(v) for v in labels]

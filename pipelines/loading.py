@@ -75,7 +75,7 @@ class Generator:
         """Network passes per image."""
         steps, guidance = self._call(steps, guidance)
         if isinstance(self.pipe.scheduler, HeunEDMScheduler):
-            return (2 * steps - 1) * (1 if guidance in (0, 1) else 2)
+            return self.pipe.passes(steps, guidance)
         self.pipe.scheduler.set_timesteps(steps)
         twice = guidance > 1 if self.info["family"] == "sd" else guidance not in (0, 1)
         return len(self.pipe.scheduler.timesteps) * (2 if twice else 1)

@@ -180,3 +180,11 @@ def test_clone_shares_nothing_that_is_trained():
 def test_null_condition_has_the_batch_size():
     null = tiny_denoiser().null_cond(torch.zeros(5, 1, 8, 8))
     assert null["label"].tolist() == [3] * 5
+
+
+def test_math_attention_is_for_passes_that_keep_a_graph():
+    runtime, cpu = Runtime(attention="math"), torch.device("cpu")
+    with runtime.context(cpu):
+        assert not torch.backends.cuda.flash_sdp_enabled()
+    with torch.no_grad(), runtime.context(cpu):
+        assert torch.backends.cuda.flash_sdp_enabled()

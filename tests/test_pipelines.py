@@ -116,6 +116,18 @@ def test_churn_adds_the_noise_of_algorithm_2():
     assert same is ones
 
 
+def test_passes_are_those_of_a_run():
+    pipe = edm_pipe()
+    pipe.scheduler = HeunEDMScheduler(7, s_churn=3.0, guidance_tmin=0.5, guidance_tmax=5.0)
+    made = []
+    pipe.unet.register_forward_pre_hook(lambda _net, args: made.append(len(args[0])))
+    for steps, scale in ((7, 1.8), (7, 1.0), (4, 3.0), (1, 3.0)):
+        made.clear()
+        pipe([3], num_inference_steps=steps, guidance_scale=scale)
+        assert pipe.passes(steps, scale) == sum(made)
+    assert pipe.passes(7, 1.0) == 13 < pipe.passes(7, 1.8) < 26
+
+
 def test_guidance_acts_between_its_noise_levels():
     pipe = edm_pipe(steps=3)
     call = lambda: pipe([3], guidance_scale=4.0, generator=gens([0]), output_type="pt").images  # noqa: E731

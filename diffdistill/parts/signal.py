@@ -120,6 +120,13 @@ def signal_step(
     return torch.where(bcast(inside, y) > 0, y + step, by_ddim)
 
 
+def grid_time(schedule: Schedule, index: Tensor) -> Tensor:
+    """Time at a fractional index of the schedule's grid, linear between two; float64 [B]."""
+    grid = schedule.grid().to(index.device)
+    low = index.floor().long()
+    return torch.lerp(grid[low], grid[(low + 1).clamp(max=len(grid) - 1)], index - low)
+
+
 def told(denoiser: Denoiser, eps: Tensor, at: float, time: Tensor, cond: Cond) -> Tensor:
     """What a network says to pure noise if it is told another time: a clean estimate.
 

@@ -136,6 +136,23 @@ def test_6_support_of_the_times():
     assert torch.isin(drawn, grid).all()
 
 
+@pytest.mark.parametrize(
+    ("limits", "want"), [({}, (0, 999)), ({"t_low": 0.2, "t_high": 0.6}, (180, 620))]
+)
+def test_6_the_fake_score_trains_a_little_beyond_the_matching_times(monkeypatch, limits, want):
+    drawn = []
+
+    def uniform(schedule, x, low=0.0, high=1.0):
+        drawn.append(uniform_times(schedule, x.repeat(20_000, 1), low, high))
+        return uniform_times(schedule, x, low, high)
+
+    monkeypatch.setattr(dmd, "uniform_times", uniform)
+    method = dmd.DMD(dmd.Config(**limits), gaussian((0.0,), 1.0, SD))
+    method.attach({name: method.teacher.clone() for name in method.roles()})
+    method.fake_score_loss(Batch(size=4, shape=(1,), cond={}))
+    assert (drawn[0].min(), drawn[0].max()) == want
+
+
 def test_7_update_counts():
     engine = make(steps=50, ttur=5)
     engine.fit()

@@ -192,7 +192,7 @@ def test_7_turns():
     seen = []
     for update in engine.updates:
         seen += [
-            (i, update.name) for i in range(15) if setattr(engine, "step", i) or engine._due(update)
+            (i, update.name) for i in range(15) if setattr(engine, "step", i) or engine.due(update)
         ]
     engine.step = 0
     assert sorted(i for i, name in seen if name == "student") == [0, 1, 2, 3, 8, 13]

@@ -156,7 +156,7 @@ def test_7_the_gan_halves_the_matching_loss_only_when_it_is_on():
     due = {}
     for step in (0, 9, 10, 15, 19, 20, 30):
         engine.step = step
-        due[step] = [u for u in engine.updates if engine._due(u)]
+        due[step] = [u for u in engine.updates if engine.due(u)]
     assert [len(due[s]) for s in (0, 9)] == [1, 1]  # the fake score alone
     batch = engine._micro_batches(0)[0]
     batch.memo["k"] = 0
