@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from diffdistill.data.stream import Shuffled, TensorStream
 from diffdistill.denoiser import Denoiser, Runtime
 from diffdistill.method import Batch
 from diffdistill.schedules import DDPM
-from diffdistill.teaching import autoencoder, classifier, clip, diffusion
+from diffdistill.teaching import autoencoder, classifier, clip, diffusion, next_token, vq
 from diffdistill.teaching.convert import clip_text_model
 from diffdistill.teaching.tokenizer import word_tokenizer
 
@@ -266,6 +267,95 @@ def fashion_edm(settings: Settings, folder: Path, accelerator: Accelerator, trai
         "A class-conditional UNet2DModel with EDM preconditioning on Fashion-MNIST, 28x28, "
         f"padded and folded space-to-depth by {fold}; 10 classes and a null class (10 % label "
         "dropout).",
+    )  # fmt: skip
+    return out
+
+
+def fashion_ar(settings: Settings, folder: Path, accelerator: Accelerator, train: Train) -> Path:
+    """The teacher `fashion-ar`: one map of tokens, next token in raster order."""
+    from diffdistill.pipelines.token_nets import RasterTransformer
+
+    text = (
+        "A VQ tokenizer (16 tokens of unit length) and a class-conditional transformer in raster "
+        "order, LlamaGen's (arXiv 2406.06525) in miniature, on Fashion-MNIST, 28x28."
+    )
+    return _token_teacher(settings, folder, accelerator, train, RasterTransformer, text)
+
+
+def fashion_var(settings: Settings, folder: Path, accelerator: Accelerator, train: Train) -> Path:
+    """The teacher `fashion-var`: residual tokens of growing scales, next scale."""
+    from diffdistill.pipelines.token_nets import MultiScaleTransformer
+
+    text = (
+        "A multi-scale residual VQ tokenizer (1 + 4 + 9 + 16 tokens) and a class-conditional "
+        "transformer over scales, VAR's (arXiv 2404.02905) in miniature, on Fashion-MNIST, 28x28."
+    )
+    return _token_teacher(settings, folder, accelerator, train, MultiScaleTransformer, text)
+
+
+def _token_teacher(
+    settings: Settings, folder: Path, accelerator: Accelerator, train: Train, kind: type, text: str
+) -> Path:
+    """Tokenizer, then transformer over its tokens of the training set."""
+    from diffdistill.pipelines.autoregressive import AutoregressivePipeline
+    from diffdistill.pipelines.vq import VQTokenizer
+
+    pixels, labels = (part[: settings["images"]] for part in fashion.load("train"))
+    x = pixels.float() / 127.5 - 1
+    test, test_labels = fashion.load("test")
+    test, test_labels = test[:2000].float() / 127.5 - 1, test_labels[:2000]
+    torch.manual_seed(0)
+    tokenizer = VQTokenizer(28, 1, norm_groups=16, **settings["tokenizer"])
+    codes = vq.Codes(tokenizer)
+    codes.runtime = Runtime("bf16" if _bf16_is_native() else "fp32")
+
+    @torch.no_grad()
+    def fidelity() -> str:
+        out = tokenizer.decode(tokenizer.codebook[tokenizer.tokens(test)])
+        used = (codes.usage > 0.05).float().mean()
+        return f"PSNR {10 * torch.log10(4 / F.mse_loss(out, test)):.2f} dB, {used:.3f} of codes used"
+
+    stream = TensorStream(len(x), (1, 28, 28), {}, x=x, device=accelerator.device)
+    method = vq.Quantiser(vq.Config(**settings["revival"]))
+    given = settings["quantiser"]
+    train("quantiser", method, codes, stream, given, folder, accelerator, fidelity)
+    tokens, shown = tokenizer.tokens(x), tokenizer.tokens(test)
+
+    torch.manual_seed(0)
+    c = tokenizer.config
+    sides = {"grid": tokenizer.grid} if c.scales is None else {"scales": c.scales}
+    net = kind(
+        codes=c.codes, channels=c.code_channels, classes=10, **sides, **settings["transformer"]
+    )
+    pipe = AutoregressivePipeline(
+        net, tokenizer, guidance=settings["guidance"], **settings["choice"]
+    )
+    model = pipe.model()
+
+    @torch.no_grad()
+    def likelihood() -> str:
+        logits = model.logits(model.vectors(shown), {"label": test_labels})
+        return f"test NLL {F.cross_entropy(logits.flatten(0, 1), shown.flatten()):.4f} per token"
+
+    stream = TensorStream(
+        len(tokens), model.shape, {"label": lambda i: labels[i]},
+        extra={"tokens": lambda i: tokens[i]}, device=accelerator.device,
+    )  # fmt: skip
+    method = next_token.NextToken(next_token.Config())
+    given = settings["next_token"]
+    train("next_token", method, model, stream, given, folder, accelerator, likelihood)
+    out = folder / "teachers" / settings["recipe"]
+    quality = f"{fidelity()}; {likelihood()}"
+    tokenizer.half(), net.half()
+    pipe.save_pretrained(out)
+    _card(
+        out,
+        {
+            "kind": "teacher", "name": settings["recipe"], "world": "fashion", "family": "tokens",
+            "protocol": "fashion-v1", "steps": pipe.steps, "guidance": settings["guidance"],
+            "licence": "MIT (data), Apache-2.0 (weights)",
+        },
+        settings, f"{text} {quality}.",
     )  # fmt: skip
     return out
 
