@@ -13,7 +13,8 @@ COLUMNS = ("metric", "value", "n", "m", "protocol", "feature net", "steps", "gui
 
 def write_card(folder: Path, info: Mapping[str, Any]) -> None:
     """README.md of an exported student; call it again when `info` (its metrics) changes."""
-    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    scheduler = folder / "scheduler" / "scheduler_config.json"  # token students have none
+    config = json.loads(scheduler.read_text()) if scheduler.is_file() else {}
     stock = info["family"] == "sd" and config["_class_name"] == "LCMScheduler"
     card = model_card(info, stock=stock, lora=(folder / ADAPTER).is_file())
     aside = folder / ".README.partial"
@@ -36,9 +37,7 @@ def model_card(info: Mapping[str, Any], *, stock: bool = True, lora: bool = Fals
         "paper": info.get("paper"),
         "data": info.get("data"),
         "steps": steps,
-        "network called at times": ", ".join(f"{t:g}" for t in info["times"]),
-        "expert of each step": ", ".join(str(i + 1) for i in info.get("experts", ())),
-        "noise between steps": info["renoise"] if steps > 1 else "none",
+        **_sampling(info),
         "guidance": f"{info['guidance']:g} (off: the student needs none)",
         "training": _training(info.get("train") or {}),
         "licence": info.get("licence"),
@@ -69,6 +68,20 @@ def model_card(info: Mapping[str, Any], *, stock: bool = True, lora: bool = Fals
     if info.get("citation"):
         parts.append(f"## Citation\n\n```\n{str(info['citation']).strip()}\n```")
     return "\n\n".join(parts) + "\n"
+
+
+def _sampling(info: Mapping[str, Any]) -> dict[str, str]:
+    """Rows of the card on how the student is called."""
+    if info["family"] == "tokens":
+        return {
+            "groups of tokens known before each call": ", ".join(map(str, info["starts"])),
+            "groups read off the logits": f"the first {info['split']}, by {info['draw']}",
+        }
+    return {
+        "network called at times": ", ".join(f"{t:g}" for t in info["times"]),
+        "expert of each step": ", ".join(str(i + 1) for i in info.get("experts", ())),
+        "noise between steps": info["renoise"] if info["steps"] > 1 else "none",
+    }
 
 
 def metrics_table(records: Sequence[Mapping[str, Any]]) -> str:
@@ -107,10 +120,14 @@ def _training(train: Mapping[str, Any]) -> str:
 def _call(info: Mapping[str, Any], stock: bool) -> tuple[str, str]:
     """The python that samples the student, and what must be known about it."""
     steps = info["steps"]
-    if info["family"] == "edm":
+    if info["family"] != "sd":
+        module, name = {
+            "edm": ("edm", "EDMPipeline"),
+            "tokens": ("autoregressive", "AutoregressiveFewStepPipeline"),
+        }[info["family"]]
         call = (
-            "from diffdistill.pipelines.edm import EDMPipeline\n\n"
-            'pipe = EDMPipeline.from_pretrained("FOLDER")\nimage = pipe(3).images[0]'
+            f"from diffdistill.pipelines.{module} import {name}\n\n"
+            f'pipe = {name}.from_pretrained("FOLDER")\nimage = pipe(3).images[0]'
         )
         return call, "The argument is a class label. Other step counts are refused."
     call = (

@@ -370,13 +370,14 @@ class Engine:
 
     @torch.no_grad()
     def _move(self, transition) -> None:
-        source = self.method.teacher if transition.source == "teacher" else None
-        source = source if source is not None else self.roles[transition.source].module
+        name, _, average = transition.source.partition(".")
+        source = self.method.teacher if name == "teacher" else self.roles[name].module
         target = self.roles[transition.to]
         if transition.copy is not None:
             transition.copy(source, target.module)
         else:
-            values = dict(source.named_parameters())
+            averages = [e.average for e in self.roles[name].ema.values()] if average else []
+            values = averages[0] if averages else dict(source.named_parameters())
             for name, p in trainable(target.module):
                 p.copy_(values[name])
         if transition.reset_optimizer:

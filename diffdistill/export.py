@@ -20,11 +20,16 @@ from diffusers import (
 )
 
 from diffdistill.card import write_card
-from diffdistill.method import Sampler
+from diffdistill.method import Sampler, TokenSampler
+from diffdistill.pipelines.autoregressive import (
+    AutoregressiveFewStepPipeline,
+    AutoregressivePipeline,
+)
 from diffdistill.pipelines.edm import EDMPipeline
 from diffdistill.pipelines.experts import ExpertUNet
 from diffdistill.pipelines.loading import INFO
 from diffdistill.pipelines.scheduler import FewStepScheduler
+from diffdistill.pipelines.token_nets import TokenNet
 
 UNet = UNet2DConditionModel | UNet2DModel
 SHARED = (
@@ -74,13 +79,50 @@ def export_student(
     }  # fmt: skip
     if len(nets) > 1:
         full["experts"] = list(sampler.experts)
+    return _store(folder, pipe, full, adapter=nets[0] if lora and len(nets) == 1 else None)
+
+
+def export_token_student(
+    folder: str | Path,
+    *,
+    teacher_pipe: AutoregressivePipeline,
+    net: TokenNet,
+    sampler: TokenSampler,
+    info: Mapping[str, Any],
+) -> Path:
+    """Write a student of an autoregressive teacher, whole or not at all.
+
+    Args:
+        net: the student's network, of kind "jump" or "diffusion".
+        info: what the card and diffdistill.json say beyond the sampler; `teacher_guidance` is the
+            guidance that the pipeline notes as distilled.
+    """
+    folder, c = Path(folder), teacher_pipe.config
+    guidance = info.get("teacher_guidance")
+    pipe = AutoregressiveFewStepPipeline(
+        net, teacher_pipe.tokenizer, starts=sampler.starts, split=sampler.split, draw=sampler.draw,
+        guidance=c.guidance if guidance is None else guidance, rule=c.rule, top_k=c.top_k,
+        top_p=c.top_p, temperature=c.temperature,
+    )  # fmt: skip
+    full = {
+        "name": folder.resolve().name, "guidance": 0, **info, "kind": "student",
+        "family": "tokens", "steps": len(sampler.starts), "starts": list(sampler.starts),
+        "split": sampler.split, "draw": sampler.draw,
+    }  # fmt: skip
+    return _store(folder, pipe, full)
+
+
+def _store(
+    folder: Path, pipe: DiffusionPipeline, info: Mapping[str, Any], adapter: UNet | None = None
+) -> Path:
+    """Pipeline, diffdistill.json and card: written beside their place, then renamed."""
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     pipe.save_pretrained(aside)
-    if lora and len(nets) == 1:
-        _save_adapter(nets[0], aside)
-    (aside / INFO).write_text(json.dumps(full, indent=1))
-    write_card(aside, full)
+    if adapter is not None:
+        _save_adapter(adapter, aside)
+    (aside / INFO).write_text(json.dumps(info, indent=1))
+    write_card(aside, info)
     _replace(folder, aside)
     return folder
 

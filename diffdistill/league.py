@@ -191,7 +191,7 @@ def _check(path: Path, rules: League) -> None:
 def plan(name: str, config: str, rules: League, runs: Path) -> list[Job]:
     """Every run of the league, with the number of steps that the budget buys."""
     from diffdistill.passes import Counter, dry_engine, of_pairs
-    from diffdistill.run import launched
+    from diffdistill.run import launched, sampling_info
     from diffdistill.teachers import load_teacher
 
     composed = [
@@ -210,7 +210,7 @@ def plan(name: str, config: str, rules: League, runs: Path) -> list[Job]:
             raise ValueError(f"teacher {source!r} names no protocol, so nothing can be ranked")
         with _named(entry):
             engine = dry_engine(cfg, teacher, accelerator)
-            _check_steps(entry, len(engine.method.sampler().times))
+            _check_steps(entry, sampling_info(engine.method.sampler())[0])
             pairs, counter = of_pairs(cfg, teacher), Counter(engine)
             for seed in entry.seeds or rules.seeds:
                 spent = _spent(rules.budget, pairs, counter.steps(seed))

@@ -19,13 +19,17 @@ from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.schedules import Schedule, student_times
+from diffdistill.tokens import TokenModel
 
 Losses = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Stored teacher trajectories: start noise (unit variance), end point, condition."""
+    """Stored teacher trajectories: start noise (unit variance), end point, condition.
+
+    Of an autoregressive teacher: noise [B, n, C] and the tokens that it leads to, int [B, n].
+    """
 
     eps: Tensor
     x: Tensor
@@ -72,7 +76,8 @@ class Update:
 class Transition:
     """At the start of step `at`, role `to` takes the weights of role `source` (or "teacher").
 
-    `copy(source, to)` says how, if not parameter by parameter.
+    `copy(source, to)` says how, if not parameter by parameter. "ROLE.ema" is the role's first
+    average.
     """
 
     at: int
@@ -108,6 +113,20 @@ class Sampler:
     experts: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class TokenSampler:
+    """How a student of an autoregressive teacher is called, once for each start.
+
+    starts: groups that are data at each call; the rest is noise. One step: (0,).
+    split: groups below it are read off the logits, the others are the student's own vectors.
+    draw: how the logits are read.
+    """
+
+    starts: tuple[int, ...] = (0,)
+    split: int = 0
+    draw: Literal["argmax", "multinomial"] = "argmax"
+
+
 @dataclass
 class MethodConfig:
     """Base of every method's config."""
@@ -116,7 +135,7 @@ class MethodConfig:
         """Cross-field checks. Raises ValueError before anything is loaded."""
 
 
-RoleInit = str | Callable[[Denoiser], nn.Module]
+RoleInit = str | Callable[[Any], nn.Module]  # of the teacher
 
 
 class Method:
@@ -126,10 +145,10 @@ class Method:
     paper: ClassVar[str] = ""  # "Title, arXiv id", for cards and lists
     students: ClassVar[tuple[str, ...]] = ("student",)  # averaged and exported
     cfg: Any
-    teacher: Denoiser
+    teacher: Any  # Denoiser or TokenModel, as `needs` says
     schedule: Schedule
 
-    def __init__(self, cfg: Any, teacher: Denoiser):
+    def __init__(self, cfg: Any, teacher: Denoiser | TokenModel):
         self.cfg, self.teacher, self.schedule = cfg, teacher, teacher.schedule
         self._roles: dict[str, nn.Module] = {}
 
@@ -158,7 +177,7 @@ class Method:
         """Weights that move between roles at given steps (stages, phases)."""
         return ()
 
-    def sampler(self) -> Sampler:
+    def sampler(self) -> Sampler | TokenSampler:
         """From the config: `student_steps`, and `conditioning_time`, `renoise` if it has them."""
         steps = getattr(self.cfg, "student_steps", 1)
         first = getattr(self.cfg, "conditioning_time", None)

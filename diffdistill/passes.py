@@ -1,7 +1,8 @@
 """What a run costs in network passes, known before it is trained.
 
 A pass is one sample through a network of the teacher's size, forwards (`Denoiser.passes`): a guided
-call counts twice, partial passes for discriminator features count, backward passes do not.
+call counts twice, partial passes for discriminator features count, backward passes do not. Of
+autoregressive networks every call counts, for one group of tokens as for all of them.
 Making teacher pairs counts, too, although they are stored.
 
 What an engine step costs follows from the updates that are due and from what they draw with
@@ -21,10 +22,8 @@ from accelerate import Accelerator
 from diffdistill.config import RunConfig
 from diffdistill.data import prepare
 from diffdistill.data.stream import TensorStream
-from diffdistill.denoiser import guided
 from diffdistill.engine import Engine, step_seed
 from diffdistill.method import Batch, Losses, Update
-from diffdistill.parts import ode
 from diffdistill.registry import get_method
 from diffdistill.run import check_needs, make_roles
 from diffdistill.teachers import Teacher
@@ -48,7 +47,9 @@ def dry_engine(cfg: RunConfig, teacher: Teacher, accelerator: Accelerator) -> En
         guidance=1.0, seed=0, device=accelerator.device,
     )  # fmt: skip
     eps = torch.randn(made.size, *denoiser.shape)
-    pairs = (eps, torch.randn_like(eps), made.cond) if needs.pairs else None
+    tokens = teacher.family == "tokens"
+    ends = torch.zeros(eps.shape[:2], dtype=torch.int32) if tokens else torch.randn_like(eps)
+    pairs = (eps, ends, made.cond) if needs.pairs else None
     stream = TensorStream(
         made.size, denoiser.shape, made.cond, x=made.x, pairs=pairs, prompts=made.prompts,
         device=accelerator.device,
@@ -69,12 +70,10 @@ def of_pairs(cfg: RunConfig, teacher: Teacher) -> int:
     if not needs.pairs:
         return 0
     net = teacher.denoiser
-    steps = needs.pair_steps or int(teacher.info.get("steps", 50))
-    solve = ode.heun if teacher.family == "edm" else ode.ddim
+    _, solve = prepare.solver(teacher, getattr(cfg.method, "guidance", 1.0), needs.pair_steps)
     one = torch.zeros(1, *net.shape, device=next(net.parameters()).device)
-    cond = net.null_cond(one)
     before = net.passes
-    solve(guided(net, getattr(cfg.method, "guidance", 1.0)), net.schedule, one, cond, steps)
+    solve(one, net.null_cond(one))
     shards = math.ceil(needs.pairs / prepare.PAIRS_PER_SHARD)
     return shards * prepare.PAIRS_PER_SHARD * (net.passes - before)
 

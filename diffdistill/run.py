@@ -25,13 +25,15 @@ from diffdistill import runtime
 from diffdistill.checkpoint import Checkpoints
 from diffdistill.config import RunConfig, compose, fingerprint, to_yaml
 from diffdistill.data import fashion, prepare, shapes
+from diffdistill.data.images import to_uint8
 from diffdistill.denoiser import Denoiser, Runtime, guided
 from diffdistill.engine import Engine, Every
-from diffdistill.method import Batch, Method, Needs, Sampler
-from diffdistill.parts import ode
+from diffdistill.method import Batch, Method, Needs, Sampler, TokenSampler
+from diffdistill.parts import autoregressive, ode
 from diffdistill.parts.rollout import sample
 from diffdistill.registry import get_method
 from diffdistill.teachers import Teacher, load_teacher
+from diffdistill.tokens import TokenModel
 from diffdistill.tracking import Tracker
 
 PREVIEWS = 24  # samples in a grid
@@ -125,8 +127,9 @@ def build(
     """The engine of a run, before its first step."""
     device = accelerator.device
     teacher.denoiser.to(device)
-    if hasattr(teacher.pipe, "vae"):
-        teacher.pipe.vae.to(device)
+    for part in (getattr(teacher.pipe, name, None) for name in ("vae", "tokenizer")):
+        if isinstance(part, nn.Module):
+            part.to(device)
     torch.manual_seed(cfg.train.seed)  # random heads start alike on every process
     method = cls(cfg.method, teacher.denoiser)
     with accelerator.main_process_first():  # the others find the cache filled
@@ -153,8 +156,15 @@ def build(
     )  # fmt: skip
 
 
-def make_roles(method: Method, teacher: Denoiser, lora_rank: int = 0) -> dict[str, nn.Module]:
+def make_roles(
+    method: Method, teacher: Denoiser | TokenModel, lora_rank: int = 0
+) -> dict[str, nn.Module]:
     """Build every trained network as the method asks for it."""
+    if lora_rank and isinstance(teacher, TokenModel):
+        raise ValueError(
+            f"student.lora_rank={lora_rank}: students of autoregressive teachers have new layers, "
+            "so there is no adapter form. Set student.lora_rank=0"
+        )
     roles: dict[str, nn.Module] = {}
     for name, init in method.roles().items():
         own = None if isinstance(init, str) else init(teacher)
@@ -187,9 +197,13 @@ def with_lora(teacher: Denoiser, rank: int) -> Denoiser:
 
 def check_needs(name: str, needs: Needs, teacher: Teacher) -> None:
     """What can be known before anything runs."""
-    if needs.teacher != "denoiser":
+    kind = "tokens" if teacher.family == "tokens" else "denoiser"
+    if needs.teacher != kind:
+        words = {"denoiser": "diffusion and flow", "tokens": "autoregressive"}
         raise ValueError(
-            f"method {name!r} distils {needs.teacher} teachers, not {teacher.family!r}"
+            f"method {name!r} distils {words[needs.teacher]} teachers, but teacher "
+            f"{teacher.name!r} is of family {teacher.family!r}. `diffdistill list methods` says "
+            "what each method needs."
         )
     if needs.features and teacher.denoiser.feature_layer is None:
         raise ValueError(
@@ -200,7 +214,7 @@ def check_needs(name: str, needs: Needs, teacher: Teacher) -> None:
 
 
 def chosen_runtime(
-    cfg: RunConfig, denoiser: Denoiser, probe: Batch, folder: Path, accelerator: Accelerator
+    cfg: RunConfig, denoiser: Denoiser | TokenModel, probe: Batch, folder: Path, accelerator: Accelerator
 ) -> Runtime:
     """Measured once per run on the main process, stored, and reused on resume."""
     file = folder / "runtime.json"
@@ -234,7 +248,7 @@ def callbacks(
     cfg: RunConfig, engine: Engine, teacher: Teacher, tracker: Tracker | None
 ) -> tuple[Every, ...]:
     """Sample grids from fixed noise, teacher's first; on the main process only."""
-    if tracker is None or len(teacher.denoiser.shape) != 3:
+    if tracker is None or (teacher.family != "tokens" and len(teacher.denoiser.shape) != 3):
         return ()
     device = engine.acc.device
     _, cond = preview_conditions(teacher, engine.stream)
@@ -245,6 +259,13 @@ def callbacks(
     ]
 
     def teacher_grid(engine: Engine) -> None:
+        if teacher.family == "tokens":
+            images = teacher.pipe(
+                cond["label"].tolist(), latents=noise[0], output_type="pt",
+                guidance_scale=float(teacher.info["guidance"]),
+            ).images  # fmt: skip
+            tracker.images(0, "teacher", to_uint8(2 * images - 1), 8)
+            return
         denoise = guided(teacher.denoiser, float(teacher.info.get("guidance", 1.0)))
         solve = ode.heun if teacher.family == "edm" else ode.ddim
         x = solve(
@@ -254,10 +275,13 @@ def callbacks(
 
     @torch.no_grad()
     def student_grid(engine: Engine) -> None:
-        students = student_denoisers(engine)
+        students, sampler = student_networks(engine), engine.method.sampler()
         one = students if len(students) > 1 else students[0]
         with averaged(engine):
-            x = sample(one, students[0].schedule, noise, cond, engine.method.sampler())
+            if isinstance(sampler, TokenSampler):
+                x = autoregressive.generate(one, noise[0], cond, sampler)
+            else:
+                x = sample(one, students[0].schedule, noise, cond, sampler)
         tracker.images(engine.step, "student", teacher.to_images(x), 8)
 
     return (
@@ -277,10 +301,10 @@ def judging(cfg: RunConfig, teacher: Teacher, folder: Path, argv: list[str]) -> 
     return Every(cfg.evaluate.every, judge_now, at_start=False)
 
 
-def student_denoisers(engine: Engine) -> list[Denoiser]:
+def student_networks(engine: Engine) -> list[Denoiser | TokenModel]:
     """The networks that sample: one, or the experts of `Sampler.experts`."""
     modules = [engine.roles[name].module for name in engine.method.students]
-    assert all(isinstance(m, Denoiser) for m in modules)
+    assert all(isinstance(m, Denoiser | TokenModel) for m in modules)
     return modules  # type: ignore[return-value]
 
 
@@ -325,7 +349,7 @@ def export(cfg: RunConfig, engine: Engine, teacher: Teacher, folder: Path, argv:
     info = student_info(cfg, engine, teacher, argv)
     student = folder / "student"
     with averaged(engine):
-        nets = [d.net for d in student_denoisers(engine)]
+        nets = [d.net for d in student_networks(engine)]
         if teacher.family == "module":
             student.mkdir(exist_ok=True)
             for name, net in zip(engine.method.students, nets, strict=True):
@@ -333,8 +357,13 @@ def export(cfg: RunConfig, engine: Engine, teacher: Teacher, folder: Path, argv:
                 save_file(state, student / f"{name}.safetensors")
             (student / "diffdistill.json").write_text(json.dumps(info, indent=1))
             return student
-        from diffdistill.export import export_student
+        from diffdistill.export import export_student, export_token_student
 
+        if teacher.family == "tokens":
+            return export_token_student(
+                student, teacher_pipe=teacher.pipe, net=nets[0], sampler=engine.method.sampler(),
+                info=info,
+            )  # fmt: skip
         export_student(
             student, teacher_pipe=teacher.pipe, family=teacher.family,
             weights=[net.unet for net in nets], sampler=engine.method.sampler(), info=info,
@@ -365,16 +394,15 @@ def student_info(
     cfg: RunConfig, engine: Engine, teacher: Teacher, argv: list[str]
 ) -> dict[str, Any]:
     """What the student's diffdistill.json says."""
-    sampler: Sampler = engine.method.sampler()
+    sampler = engine.method.sampler()
+    steps, how = sampling_info(sampler)
     own = {k: teacher.info.get(k) for k in ("world", "protocol", "licence")}
     return own | {
         "kind": "student",
-        "name": f"{teacher.name}-{cfg.method_name}-{len(sampler.times)}step",
+        "name": f"{teacher.name}-{cfg.method_name}-{steps}step",
         "family": teacher.family,
-        "steps": len(sampler.times),
-        "times": list(sampler.times),
-        "renoise": sampler.renoise,
-        **({"experts": list(sampler.experts)} if sampler.experts else {}),
+        "steps": steps,
+        **how,
         "guidance": 0,
         "method": cfg.method_name,
         "paper": type(engine.method).paper,
@@ -395,6 +423,15 @@ def student_info(
         },
         "metrics": [],
     }
+
+
+def sampling_info(sampler: Sampler | TokenSampler) -> tuple[int, dict[str, Any]]:
+    """Steps of a student, and what its diffdistill.json says about them."""
+    if isinstance(sampler, TokenSampler):
+        return len(sampler.starts), asdict(sampler) | {"starts": list(sampler.starts)}
+    how = {"times": list(sampler.times), "renoise": sampler.renoise}
+    experts = {"experts": list(sampler.experts)} if sampler.experts else {}
+    return len(sampler.times), how | experts
 
 
 def peak_memory_gib() -> float:

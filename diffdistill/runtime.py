@@ -17,6 +17,7 @@ import torch
 
 from diffdistill.denoiser import Denoiser, Runtime
 from diffdistill.method import Batch
+from diffdistill.tokens import TokenModel
 
 
 @dataclass
@@ -28,7 +29,7 @@ class PrecisionConfig:
     channels_last: Literal["auto", "on", "off"] = "auto"
 
 
-def choose(denoiser: Denoiser, batch: Batch, cfg: PrecisionConfig) -> tuple[Runtime, dict]:
+def choose(denoiser: Denoiser | TokenModel, batch: Batch, cfg: PrecisionConfig) -> tuple[Runtime, dict]:
     """The runtime for this network and batch, and the measured seconds per candidate."""
     fixed = Runtime(
         dtype="bf16" if cfg.dtype == "bf16" else "fp32",
@@ -68,7 +69,7 @@ def choose(denoiser: Denoiser, batch: Batch, cfg: PrecisionConfig) -> tuple[Runt
     return best, {k: round(v, 4) for k, v in seconds.items()}
 
 
-def apply(denoiser: Denoiser, runtime: Runtime) -> None:
+def apply(denoiser: Denoiser | TokenModel, runtime: Runtime) -> None:
     """Execute this denoiser as chosen."""
     denoiser.runtime = runtime
     _apply_format(denoiser, runtime)
@@ -78,18 +79,19 @@ def describe(runtime: Runtime) -> str:
     return ", ".join(f"{k}={v}" for k, v in asdict(runtime).items())
 
 
-def _apply_format(denoiser: Denoiser, runtime: Runtime) -> None:
+def _apply_format(denoiser: Denoiser | TokenModel, runtime: Runtime) -> None:
     layout = torch.channels_last if runtime.channels_last else torch.contiguous_format
     for p in denoiser.net.parameters():
         if p.ndim == 4:
             p.data = p.data.contiguous(memory_format=layout)
 
 
-def _pass(net: Denoiser, batch: Batch) -> None:
+def _pass(net: Denoiser | TokenModel, batch: Batch) -> None:
     z = torch.zeros(batch.size, *batch.shape, device=batch.device)
     grid = net.schedule.grid()
     t = grid[len(grid) // 2].expand(batch.size).to(batch.device)
-    net(z, t, batch.cond).square().mean().backward()
+    out = net.logits(z, batch.cond) if isinstance(net, TokenModel) else net(z, t, batch.cond)
+    out.square().mean().backward()
     net.net.zero_grad(set_to_none=True)
 
 

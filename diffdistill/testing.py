@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from diffdistill.parts.rollout import sample
 from diffdistill.registry import get_method
 from diffdistill.run import make_roles
 from diffdistill.schedules import EDM, Schedule, bcast
+from diffdistill.tokens import TokenModel
 
 
 class GaussianNet(nn.Module):
@@ -136,7 +138,7 @@ def tiny_denoiser(
 
 def run_method(
     name: str | type[Method],
-    teacher: Denoiser,
+    teacher: Denoiser | TokenModel,
     *,
     steps: int,
     batch_size: int = 64,
@@ -194,3 +196,99 @@ def student_samples(engine: Engine, n: int, cond: Mapping[str, Tensor] | None = 
     noises = [torch.randn(n, *student.shape, generator=rng) for _ in sampler.times]
     denoise = students if sampler.experts else student
     return sample(denoise, student.schedule, noises, cond or {}, sampler)
+
+
+def tiny_tokens(kind: str = "raster", size: int = 8, **choice: Any) -> Any:
+    """An untrained AutoregressivePipeline of four classes: raster order, or scales 1 and 2.
+
+    `size` 8 gives 2 x 2 tokens; images are grey.
+    """
+    from diffdistill.pipelines.autoregressive import AutoregressivePipeline
+    from diffdistill.pipelines.token_nets import MultiScaleTransformer, RasterTransformer
+    from diffdistill.pipelines.vq import VQTokenizer
+
+    torch.manual_seed(0)
+    grid = size // 4
+    scales = list(range(1, grid + 1)) if kind == "scales" else None
+    vq = VQTokenizer(
+        size, 1, (16, 16), 1, 16, 12, 4, scales, normalise=scales is None, fold=2, norm_groups=8
+    )
+    shape = {"codes": 12, "channels": 4, "classes": 10, "width": 32, "layers": 2, "heads": 2}
+    if scales is None:
+        net = RasterTransformer(**shape, grid=grid)
+    else:
+        net = MultiScaleTransformer(**shape, scales=scales)
+        choice = {"rule": "linear"} | choice
+    with torch.no_grad():  # logits that differ between prefixes and classes
+        for p in net.parameters():
+            p.normal_(std=0.2)
+    return AutoregressivePipeline(net.eval(), vq.eval(), guidance=1.5, **choice)
+
+
+class TableNet(nn.Module):
+    """Two tokens with known probabilities, and small students of them.
+
+    As a teacher: logits log p(q_1) and, for a continuous q_1, log p(q_2 | q_1) interpolated between
+    the codes by a softmax of the squared distances.
+    """
+
+    def __init__(self, first: Tensor, second: Tensor, codes: Tensor, kind: str = "teacher"):
+        super().__init__()
+        self.register_buffer("first", first.log())
+        self.register_buffer("second", second.log().clamp_min(-1e4))
+        self.register_buffer("codes", codes)
+        self.config = SimpleNamespace(indices=False, classes=0, kind=kind)
+        count, channels, width = *codes.shape, 96
+        layers = lambda i, o: nn.Sequential(  # noqa: E731
+            nn.Linear(i, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, o)
+        )
+        if kind == "diffusion":
+            from diffdistill.pipelines.token_nets import DiffusionHead
+
+            self.start = nn.Parameter(torch.randn(width) / 10)
+            self.backbone = layers(channels, width)
+            self.head = DiffusionHead(channels, width, width, 3)
+            self.head.reset()
+        elif kind == "jump":
+            self.one, self.two = layers(channels, count), layers(2 * channels + 1, count)
+
+    def cache(self) -> list[None]:
+        return []
+
+    def variant(self, kind: str, codebook: Tensor, **options: Any) -> TableNet:
+        return TableNet(self.first.exp(), self.second.exp(), self.codes, kind)
+
+    def logits(self, inputs, label, rows, cache=None) -> Tensor:
+        parts = []
+        if 0 in rows:
+            parts.append(self.first.expand(len(label), -1))
+        if 1 in rows:
+            near = -(inputs[:, -1, None] - self.codes).square().sum(-1) / 0.05
+            parts.append(near.softmax(-1) @ self.second)
+        return torch.stack(parts, 1)
+
+    def features(self, inputs, label, rows=None, cache=None) -> Tensor:
+        return torch.stack([self.start.expand(len(label), -1), self.backbone(inputs[:, 0])], 1)
+
+    def velocity(self, z: Tensor, t: Tensor, f: Tensor) -> Tensor:
+        return self.head(z, t, f)
+
+    def jump(self, x: Tensor, is_data: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        flag = is_data[0].to(x.dtype).expand(len(x), 1)
+        logits = torch.stack([self.one(x[:, 0]), self.two(torch.cat([x.flatten(1), flag], 1))], 1)
+        return logits, logits.softmax(-1) @ self.codes
+
+
+def table(
+    first: Sequence[float], second: Sequence[Sequence[float]], codes: Sequence[Sequence[float]]
+) -> TokenModel:
+    """An autoregressive teacher of two tokens: p(q_1), rows p(q_2 | q_1), codes [V, C]."""
+    book = torch.tensor(codes)
+    net = TableNet(torch.tensor(first), torch.tensor(second), book)
+    return TokenModel(net, book, (1, 1), inputs=lambda q: q[:, :-1], decode=lambda q: q)
+
+
+def joint(tokens: Tensor, count: int) -> Tensor:
+    """Frequencies [V, V] of token pairs, int [N, 2]."""
+    flat = (tokens[:, 0] * count + tokens[:, 1]).long()
+    return torch.bincount(flat, minlength=count**2).view(count, count) / len(tokens)

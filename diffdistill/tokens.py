@@ -94,6 +94,10 @@ class TokenModel(nn.Module):
 
     # ---- positions ----------------------------------------------------------------------
 
+    def null_cond(self, like: Tensor) -> dict[str, Tensor]:
+        """The condition "no class" for a batch of len(like)."""
+        return {"label": torch.full((len(like),), self.net.config.classes, device=like.device)}
+
     @property
     def level(self) -> Tensor:
         """Group of each position, int64 [n]."""

@@ -9,7 +9,8 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from diffdistill.parts.autoregressive import sample_tokens
+from diffdistill.method import TokenSampler
+from diffdistill.parts.autoregressive import generate, generate_with_teacher, sample_tokens
 from diffdistill.pipelines.scheduler import untrained_steps
 from diffdistill.pipelines.token_nets import TokenNet
 from diffdistill.pipelines.vq import VQTokenizer
@@ -106,6 +107,11 @@ class AutoregressivePipeline(_TokenPipeline):
         choice = Choice(c.rule, c.top_k, c.top_p, c.temperature)
         return token_model(self.transformer, self.tokenizer, choice)
 
+    def passes(self, steps: int | None, guidance_scale: float | None) -> int:
+        """Network calls per image, each for one group of tokens; guided calls are two."""
+        guidance = self.config.guidance if guidance_scale is None else guidance_scale
+        return self.steps * (1 if guidance in (0, 1) else 2)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -134,3 +140,117 @@ class AutoregressivePipeline(_TokenPipeline):
         model = self.model()
         tokens = sample_tokens(model, eps, {"label": label}, guidance or 1.0)
         return self._finish(model.vectors(tokens), output_type, return_dict)
+
+
+class AutoregressiveFewStepPipeline(_TokenPipeline):
+    """A student: all tokens in one or two passes.
+
+    Args:
+        transformer: of kind "jump" (dd1) or "diffusion" (dd2).
+        teacher: optional, of kind "teacher"; it can draw some groups again (`teacher_groups`).
+        starts, split, draw: see `diffdistill.method.TokenSampler`.
+        guidance: of the teacher, with which the student was distilled.
+        rule, top_k, top_p, temperature: of the teacher, see `diffdistill.tokens.Choice`.
+    """
+
+    model_cpu_offload_seq = "transformer->teacher->tokenizer"
+    _optional_components = ["teacher"]  # noqa: RUF012 (the name and type are diffusers')
+
+    def __init__(
+        self,
+        transformer: TokenNet,
+        tokenizer: VQTokenizer,
+        teacher: TokenNet | None = None,
+        starts: Sequence[int] = (0,),
+        split: int = 0,
+        draw: str = "argmax",
+        guidance: float = 1.0,
+        rule: str = "constant",
+        top_k: int = 0,
+        top_p: float = 1.0,
+        temperature: float = 1.0,
+    ):
+        super().__init__()
+        check_choice({"rule": rule, "top_k": top_k, "top_p": top_p, "temperature": temperature})
+        for net, kinds in ((transformer, ("jump", "diffusion")), (teacher, ("teacher",))):
+            if net is not None and net.config.kind not in kinds:
+                raise ValueError(
+                    f"a network of kind {net.config.kind!r} was given where {' or '.join(kinds)} "
+                    "is needed"
+                )
+        self.register_modules(transformer=transformer, tokenizer=tokenizer, teacher=teacher)
+        self.register_to_config(
+            starts=list(starts), split=split, draw=draw, guidance=guidance, rule=rule, top_k=top_k,
+            top_p=top_p, temperature=temperature,
+        )  # fmt: skip
+
+    @property
+    def steps(self) -> int:
+        return len(self.config.starts)
+
+    def passes(self, steps: int | None, guidance_scale: float | None) -> int:
+        """Network passes per image, without a teacher."""
+        return self.steps
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        labels: int | Sequence[int],
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        teacher_groups: tuple[int, int] | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """One image per label.
+
+        Args:
+            labels: classes; `classes` itself draws without a class.
+            num_inference_steps: None or the trained number.
+            guidance_scale: of the teacher in `teacher_groups`; None: the one that was distilled.
+                The student itself needs none.
+            generator, latents, output_type: as in AutoregressivePipeline.
+            teacher_groups: (a, b): groups a .. b - 1 are drawn again by the teacher, one pass each.
+        """
+        if num_inference_steps not in (None, self.steps):
+            raise ValueError(untrained_steps(num_inference_steps, self.steps))
+        if teacher_groups is None and guidance_scale not in (None, 0, 1):
+            raise ValueError(
+                f"guidance_scale is {guidance_scale}, but guidance is distilled into this student. "
+                "Leave it out; it acts on the teacher in teacher_groups only."
+            )
+        label, eps = self._start(labels, generator, latents, output_type)
+        cond, c = {"label": label}, self.config
+        student = token_model(self.transformer, self.tokenizer)
+        sampler = TokenSampler(tuple(c.starts), c.split, c.draw)
+        if teacher_groups is None:
+            x = generate(student, eps, cond, sampler)
+        else:
+            guidance = c.guidance if guidance_scale is None else guidance_scale
+            x = generate_with_teacher(
+                student, self._teacher(), eps, cond, sampler, self._groups(teacher_groups),
+                float(guidance) or 1.0,
+            )  # fmt: skip
+        return self._finish(x, output_type, return_dict)
+
+    def _teacher(self) -> TokenModel:
+        if self.teacher is None:
+            raise ValueError(
+                "teacher_groups needs the teacher's network, which is not part of this folder. "
+                "Load it with from_pretrained(FOLDER, teacher=TEACHER.transformer)."
+            )
+        c = self.config
+        return token_model(
+            self.teacher, self.tokenizer, Choice(c.rule, c.top_k, c.top_p, c.temperature)
+        )
+
+    def _groups(self, given: tuple[int, int]) -> range:
+        count = len(self.tokenizer.groups)
+        if not 0 <= given[0] < given[1] <= count:
+            raise ValueError(
+                f"teacher_groups is {tuple(given)}. Give (a, b) with 0 <= a < b <= {count}, the "
+                "number of groups."
+            )
+        return range(*given)

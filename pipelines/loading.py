@@ -12,11 +12,18 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
 
+from diffdistill.pipelines.autoregressive import (
+    AutoregressiveFewStepPipeline,
+    AutoregressivePipeline,
+)
 from diffdistill.pipelines.edm import EDMPipeline
 from diffdistill.pipelines.scheduler import HeunEDMScheduler, untrained_steps
 
 INFO = "diffdistill.json"
-FAMILIES = {"StableDiffusionPipeline": "sd", "EDMPipeline": "edm"}
+FAMILIES = {
+    "StableDiffusionPipeline": "sd", "EDMPipeline": "edm", "AutoregressivePipeline": "tokens",
+    "AutoregressiveFewStepPipeline": "tokens",
+}  # fmt: skip
 STOCK = {"sd": (50, 7.5), "edm": (18, 1.0)}  # steps, guidance of a folder without diffdistill.json
 
 
@@ -52,7 +59,7 @@ class Generator:
         """uint8 [N, C, H, W]. Image i is a function of (conditions[i], seeds[i]) alone.
 
         Args:
-            conditions: prompts (family sd) or labels (family edm).
+            conditions: prompts (family sd) or labels (families edm and tokens).
             steps, guidance: None: those of `info`. A student accepts its own steps only.
         """
         self._check(conditions, seeds)
@@ -74,7 +81,8 @@ class Generator:
     def nfe(self, steps: int | None = None, guidance: float | None = None) -> int:
         """Network passes per image."""
         steps, guidance = self._call(steps, guidance)
-        if isinstance(self.pipe.scheduler, HeunEDMScheduler):
+        tokens = self.info["family"] == "tokens"
+        if tokens or isinstance(self.pipe.scheduler, HeunEDMScheduler):
             return self.pipe.passes(steps, guidance)
         self.pipe.scheduler.set_timesteps(steps)
         twice = guidance > 1 if self.info["family"] == "sd" else guidance not in (0, 1)
@@ -92,7 +100,7 @@ class Generator:
             raise ValueError(
                 f"{len(conditions)} conditions, {len(seeds)} seeds. Give one seed each."
             )
-        wanted, name = {"sd": (str, "prompts"), "edm": (int, "labels")}[self.info["family"]]
+        wanted, name = (str, "prompts") if self.info["family"] == "sd" else (int, "labels")
         if odd := [c for c in conditions if not isinstance(c, wanted)]:
             raise ValueError(f"{self.info['name']} is driven by {name}, but was given {odd[0]!r}.")
 
@@ -104,20 +112,19 @@ def load_pipeline(name_or_folder: str | Path, *, device: str | torch.device = "c
     """
     folder = _folder(name_or_folder)
     info = read_info(folder)
-    cls = StableDiffusionPipeline if info["family"] == "sd" else EDMPipeline
-    return Generator(_load(cls, folder).to(device), info)
+    return Generator(_load(_class(info), folder).to(device), info)
 
 
 def load_student(
     folder: str | Path, *, device: str | torch.device = "cpu"
-) -> StudentStableDiffusionPipeline | EDMPipeline:
+) -> StudentStableDiffusionPipeline | EDMPipeline | AutoregressiveFewStepPipeline:
     """The student as a diffusers pipeline: `pipe(prompt)` or `pipe(label)` needs nothing more."""
     path = _folder(folder)
     info = read_info(path)
     if info["kind"] != "student":
         raise ValueError(f"{path} is a {info['kind']}, not a student. Use load_pipeline for it.")
-    if info["family"] == "edm":
-        return _load(EDMPipeline, path).to(device)
+    if info["family"] != "sd":
+        return _load(_class(info), path).to(device)
     pipe = _load(StudentStableDiffusionPipeline, path).to(device)
     pipe.student = info
     return pipe
@@ -137,11 +144,28 @@ def read_info(folder: Path) -> dict[str, Any]:
     if kind not in FAMILIES:
         raise ValueError(f"{folder} holds a {kind}. Supported: {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
-    steps, guidance = STOCK[family]
+    steps, guidance = _token_defaults(folder) if family == "tokens" else STOCK[family]
     return {
         "kind": "teacher", "name": folder.resolve().name, "world": None, "protocol": None,
         "family": family, "steps": steps, "guidance": guidance,
     }  # fmt: skip
+
+
+def _token_defaults(folder: Path) -> tuple[int, float]:
+    """Groups of tokens and guidance of an autoregressive teacher's folder."""
+    index, vq = (
+        json.loads((folder / name).read_text()) for name in ("model_index.json", "tokenizer/config.json")
+    )
+    side = -(-vq["size"] // (vq["fold"] * 2 ** (len(vq["widths"]) - 1)))
+    return len(vq["scales"]) if vq["scales"] else side**2, index["guidance"]
+
+
+def _class(info: dict[str, Any]) -> type[DiffusionPipeline]:
+    """The pipeline class of a folder."""
+    if info["family"] == "tokens":
+        student = info["kind"] == "student"
+        return AutoregressiveFewStepPipeline if student else AutoregressivePipeline
+    return StableDiffusionPipeline if info["family"] == "sd" else EDMPipeline
 
 
 def check_steps(info: dict[str, Any], steps: int | None) -> None:

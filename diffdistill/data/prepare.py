@@ -6,6 +6,7 @@ so a second run starts at once. The cache is DIFFDISTILL_CACHE or ~/.cache/diffd
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -21,10 +22,13 @@ from tqdm import tqdm
 
 from diffdistill.data import fashion, images, shapes
 from diffdistill.data.stream import Lookup, TensorStream
-from diffdistill.denoiser import guided
+from diffdistill.denoiser import Cond, guided
 from diffdistill.method import Needs
 from diffdistill.parts import ode
+from diffdistill.parts.autoregressive import sample_tokens
+from diffdistill.parts.categorical import flow_map
 from diffdistill.teachers import Teacher
+from diffdistill.tokens import TokenModel
 
 PAIRS_PER_SHARD = 256
 
@@ -88,7 +92,9 @@ def source(cfg: DataConfig, teacher: Teacher) -> Source:
     if name == "folder":
         files = images.list_folder(cfg.folder)[: cfg.size]
         size = teacher.info.get("image_size") or _image_size(teacher)
-        pixels = images.read_all(files, size, grey=teacher.denoiser.shape[0] == 1)
+        tokens = teacher.family == "tokens"
+        channels = teacher.pipe.tokenizer.config.channels if tokens else teacher.denoiser.shape[0]
+        pixels = images.read_all(files, size, grey=channels == 1)
         captions = images.captions(files) if teacher.family == "sd" else images.labels(files)
         return Source(f"folder-{_hash([str(f) for f in files])}", captions, lambda: pixels)
     return Source(f"none-{cfg.size}", [None] * cfg.size, None)
@@ -139,10 +145,8 @@ def teacher_pairs(
     device: torch.device | str,
 ) -> tuple[Tensor, Tensor, dict[str, Lookup]]:
     """Stored trajectories (eps, x) of the teacher's ODE, shard by shard; resumable."""
-    steps = steps or int(teacher.info.get("steps", 50))
-    solve = ode.heun if teacher.family == "edm" else ode.ddim
-    where = folder / f"pairs-{solve.__name__}{steps}-g{guidance:g}"
-    denoise, schedule = guided(teacher.denoiser, guidance), teacher.denoiser.schedule
+    name, solve = solver(teacher, guidance, steps)
+    where = folder / f"pairs-{name}-g{guidance:g}"
     eps, x = [], []
     shards = range(-(-count // PAIRS_PER_SHARD))
     for shard in tqdm(shards, desc="teacher pairs", disable=None):
@@ -152,13 +156,38 @@ def teacher_pairs(
             noise = torch.randn(PAIRS_PER_SHARD, *teacher.denoiser.shape, generator=rng).to(device)
             at = (torch.arange(PAIRS_PER_SHARD) + shard * PAIRS_PER_SHARD) % n_conditions
             cond = {k: fn(at).to(device) for k, fn in lookups.items()}
-            end = solve(denoise, schedule, noise, cond, steps)
-            _save(file, {"eps": noise.cpu(), "x": end.float().cpu()})
+            _save(file, {"eps": noise.cpu(), "x": solve(noise, cond).cpu()})
         stored = load_file(file)
         eps.append(stored["eps"])
         x.append(stored["x"])
     wrapped = {k: (lambda i, fn=fn: fn(i % n_conditions)) for k, fn in lookups.items()}
     return torch.cat(eps)[:count], torch.cat(x)[:count], wrapped
+
+
+def solver(
+    teacher: Teacher, guidance: float, steps: int
+) -> tuple[str, Callable[[Tensor, Cond], Tensor]]:
+    """Name and map of the teacher's ODE: unit noise and condition -> x0, or tokens (int32).
+
+    Args:
+        steps: 0: the teacher's default; of an autoregressive teacher, 24 for each token.
+    """
+    net = teacher.denoiser
+    if isinstance(net, TokenModel):
+        steps = steps or 24
+        rule = hashlib.sha256(repr(net.choice).encode()).hexdigest()[:6]
+        pick = functools.partial(flow_map, steps=steps)
+
+        def follow(eps: Tensor, cond: Cond) -> Tensor:
+            return sample_tokens(net, eps, cond, guidance, pick).int()
+
+        return f"flow{steps}-{rule}", follow
+    steps = steps or int(teacher.info.get("steps", 50))
+    solve, denoise = ode.heun if teacher.family == "edm" else ode.ddim, guided(net, guidance)
+    return (
+        f"{solve.__name__}{steps}",
+        lambda eps, cond: solve(denoise, net.schedule, eps, cond, steps).float(),
+    )
 
 
 def read_prompts(path: str | None) -> list[str]:
@@ -194,6 +223,8 @@ def _render(scenes: list[shapes.Scene]) -> Tensor:
 
 
 def _image_size(teacher: Teacher) -> int:
+    if teacher.family == "tokens":
+        return teacher.pipe.tokenizer.config.size
     size = teacher.denoiser.shape[-1]
     scale = getattr(teacher.pipe, "vae_scale_factor", 1) if teacher.family == "sd" else 1
     return size * scale

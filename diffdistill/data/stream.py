@@ -42,7 +42,7 @@ class TensorStream:
     Args:
         cond: name -> lookup from row indices to a tensor [B, ...].
         x: float [N, ...] or None for methods that see no images.
-        pairs: (eps, x, cond lookups) of stored teacher trajectories.
+        pairs: (eps, x, cond lookups) of stored teacher trajectories; x may be tokens (int).
         extra: further lookups, for `Batch.extra`.
         prompts: prompt or label of each row, for `Batch.prompts`.
     """
@@ -88,4 +88,4 @@ class TensorStream:
         return {k: fn(index).to(self.device) for k, fn in cond.items()}
 
     def _put(self, x: Tensor) -> Tensor:
-        return x.to(self.device, torch.float32)
+        return x.to(self.device, torch.float32 if x.is_floating_point() else x.dtype)

@@ -1,7 +1,7 @@
-"""Sampling of autoregressive teachers, group by group, with keys and values kept.
+"""Sampling of autoregressive teachers group by group, of their students in one or two passes.
 
-    multinomial     the code at which the cumulative distribution passes Phi(first noise channel)
-    flow_map        T_p of the whole noise vector (`parts.categorical`)
+    multinomial             the code at which the cumulative probability passes Phi(eps[0])
+    categorical.flow_map    T_p of the whole noise vector
 
 Both are functions of the noise eps [B, n, C], so an image depends on its own noise alone.
 """
@@ -9,11 +9,13 @@ Both are functions of the noise eps [B, n, C], so an image depends on its own no
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from diffdistill.denoiser import Cond
+from diffdistill.method import TokenSampler
 from diffdistill.tokens import TokenModel, log_probs
 
 Pick = Callable[[Tensor, Tensor, Tensor], Tensor]  # log p [B, g, V], eps [B, g, C], codebook
@@ -59,3 +61,62 @@ def sample_tokens(
         log_p = log_probs(logits[:, rows.start - begin :], model.choice)
         tokens[:, at] = pick(log_p, eps[:, at], model.codebook)
     return tokens
+
+
+def generate(
+    student: TokenModel, eps: Tensor, cond: Cond, sampler: TokenSampler, start: Tensor | None = None
+) -> Tensor:
+    """Vectors [B, n, C] of a student from unit noise. Gradients flow.
+
+    A jump student (arXiv 2412.17153, code): each call reads what is decoded so far, and behind it
+    the noise of the beginning, for the trajectory is tied to it. A diffusion student (2510.21003):
+    q = eps - v(eps, 1, f(eps_<i)).
+
+    Args:
+        start: vectors of the groups below sampler.starts[0], if that is not 0.
+    """
+    if student.net.config.kind == "diffusion":
+        f = student.features(eps, cond)
+        return eps - student.velocity(eps, torch.ones_like(eps[..., 0]), f)
+    level, x = student.level[:, None], eps if start is None else start
+    for first in sampler.starts:
+        x = torch.where(level < first, x, eps)
+        logits, vectors = student.jump(x, first, cond)
+        answer = torch.where(level < sampler.split, read_out(student, logits, eps, sampler), vectors)
+        x = torch.where(level < first, x, answer)
+    return x
+
+
+def read_out(student: TokenModel, logits: Tensor, eps: Tensor, sampler: TokenSampler) -> Tensor:
+    """Codes that the logits [B, n, V] of a student name: vectors [B, n, C]."""
+    if sampler.draw == "multinomial":
+        return student.vectors(multinomial(logits.float().log_softmax(-1), eps, student.codebook))
+    return student.vectors(logits.argmax(-1))
+
+
+@torch.no_grad()
+def generate_with_teacher(
+    student: TokenModel,
+    teacher: TokenModel,
+    eps: Tensor,
+    cond: Cond,
+    sampler: TokenSampler,
+    groups: range,
+    guidance: float,
+) -> Tensor:
+    """The student's sample with some groups drawn again by the teacher: vectors [B, n, C].
+
+    The groups before `groups` become the nearest codes. Behind them a jump student answers once
+    more, from its noise; a diffusion student's first answer stays.
+    """
+    level, one = student.level[:, None], replace(sampler, starts=(0,))
+    x = generate(student, eps, cond, one) if groups.start else eps
+    tokens = sample_tokens(
+        teacher, eps, cond, guidance, prefix=student.nearest(x), first=groups.start,
+        stop=groups.stop,
+    )  # fmt: skip
+    done = student.vectors(tokens)
+    if student.net.config.kind == "jump" and groups.stop < len(student.groups):
+        last = replace(sampler, starts=(groups.stop,))
+        return generate(student, eps, cond, last, start=done)
+    return torch.where(level < groups.stop, done, x)

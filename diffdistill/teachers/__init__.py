@@ -13,11 +13,12 @@ from torch import Tensor
 
 from diffdistill.data.images import to_uint8
 from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.tokens import TokenModel
 
 INFO = "diffdistill.json"
 
 
-SUPPORTED = ("StableDiffusionPipeline", "EDMPipeline")
+SUPPORTED = ("StableDiffusionPipeline", "EDMPipeline", "AutoregressivePipeline")
 
 
 def no_adapter(kind: str) -> str:
@@ -32,16 +33,17 @@ class Teacher:
     """A frozen teacher and what surrounds it.
 
     Attributes:
-        family: "sd" (prompts), "edm" (class labels) or "module" (nothing but noise).
+        family: "sd" (prompts), "edm" and "tokens" (class labels) or "module" (nothing but noise).
+        denoiser: of an autoregressive teacher ("tokens"), its `TokenModel`.
         encode: prompts or labels -> condition tensors [N, ...].
-        to_x: uint8 images [N, C, H, W] -> what the denoiser calls x0.
+        to_x: uint8 images [N, C, H, W] -> what the denoiser calls x0; tokens: their vectors.
         to_images: x0 -> uint8 images.
         info: contents of diffdistill.json: name, world, protocol, steps, guidance, ...
     """
 
     name: str
     family: str
-    denoiser: Denoiser
+    denoiser: Denoiser | TokenModel
     encode: Callable[[Any], Cond]
     to_x: Callable[[Tensor], Tensor]
     to_images: Callable[[Tensor], Tensor]
@@ -51,7 +53,9 @@ class Teacher:
     @property
     def conditions(self) -> str:
         """What its samples are conditioned on, in words."""
-        return {"sd": "prompts", "edm": "class labels"}.get(self.family, "nothing")
+        return {
+            "sd": "prompts", "edm": "class labels", "tokens": "class labels"
+        }.get(self.family, "nothing")  # fmt: skip
 
 
 def load_teacher(source: Any) -> Teacher:
@@ -108,6 +112,10 @@ def _load_pipe(folder: str) -> Any:
             from diffdistill.pipelines.edm import EDMPipeline
 
             return EDMPipeline.from_pretrained(folder)
+        if kind == "AutoregressivePipeline":
+            from diffdistill.pipelines.autoregressive import AutoregressivePipeline
+
+            return AutoregressivePipeline.from_pretrained(folder)
         if kind not in SUPPORTED:
             raise ValueError(no_adapter(kind))
     return DiffusionPipeline.from_pretrained(folder)
@@ -138,6 +146,15 @@ def _adapt(pipe: Any, info: dict[str, Any]) -> Teacher:
             encode=lambda labels: {"label": torch.as_tensor(labels).long()},
             to_x=lambda images: images.float() / 127.5 - 1,
             to_images=to_uint8, pipe=pipe, info=info,
+        )  # fmt: skip
+    elif kind == "AutoregressivePipeline":
+        model, vq = pipe.model(), pipe.tokenizer
+        teacher = Teacher(
+            info["name"], "tokens", model,
+            encode=lambda labels: {"label": torch.as_tensor(labels).long()},
+            to_x=lambda images: model.vectors(vq.tokens(images.float() / 127.5 - 1)),
+            to_images=lambda x: to_uint8(vq.decode(x.float())), pipe=pipe,
+            info={"guidance": pipe.config.guidance, "steps": pipe.steps} | info,
         )  # fmt: skip
     else:
         raise ValueError(no_adapter(kind))
