@@ -199,9 +199,9 @@ def check_needs(name: str, needs: Needs, teacher: Teacher) -> None:
     """What can be known before anything runs."""
     kind = "tokens" if teacher.family == "tokens" else "denoiser"
     if needs.teacher != kind:
-        words = {"denoiser": "diffusion and flow", "tokens": "autoregressive"}
+        words = {"denoiser": "diffusion or flow", "tokens": "autoregressive"}
         raise ValueError(
-            f"method {name!r} distils {words[needs.teacher]} teachers, but teacher "
+            f"method {name!r} distils {needs.teacher} teachers ({words[needs.teacher]}), but "
             f"{teacher.name!r} is of family {teacher.family!r}. `diffdistill list methods` says "
             "what each method needs."
         )

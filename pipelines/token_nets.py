@@ -61,7 +61,7 @@ class TokenNet(ModelMixin, ConfigMixin):
         """
         config = {k: v for k, v in self.config.items() if not k.startswith("_")}
         new = type(self)(**config | {"kind": kind, "indices": False, "dropout": 0.0} | options)
-        new.to(self.label.weight.device, torch.float32)
+        new.to(self.label.weight.device)
         state = {k: v for k, v in self.state_dict().items() if not k.startswith("enter.")}
         if isinstance(self.enter, nn.Embedding):
             ones = torch.cat([codebook, torch.ones_like(codebook[:, :1])], 1)
