@@ -456,6 +456,21 @@ def test_too_many_in_a_row_stop_the_run():
 # ---- transitions ------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("ema", [{"default": EmaConfig(value=0.5, warmup=False)}, {}])
+def test_a_transition_can_take_the_average(ema):
+    """The student becomes its own first average; without averages, it stays."""
+    move = Transition(at=3, source="student.ema", to="student")
+    engine = build(two(pull("student"), pull("critic")), transitions=[move], ema=ema, steps=4)
+    for _ in range(3):
+        engine.train_step()
+    role = engine.roles["student"]
+    live = role.module.w.detach().clone()
+    want = role.ema["default"].average["w"].clone() if ema else live
+    engine._move(move)
+    assert torch.equal(role.module.w, want) and torch.equal(want, live) == (not ema)
+    assert not role.optimizer.state
+
+
 def test_transitions_copy_weights_and_reset_the_optimizer():
     moves = (
         Transition(at=3, source="student", to="critic"),

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from diffdistill import config, run
 from diffdistill.registry import get_method
 from diffdistill.teachers import load_teacher
+from diffdistill.testing import tiny_tokens
 
 GOLDEN = Path(__file__).parent / "golden"
 STEPS = 10
@@ -22,6 +23,14 @@ SMALL = [
     f"train.steps={STEPS}", "train.batch_size=6", "data.size=48", "precision.dtype=fp32",
     "precision.attention=default", "precision.channels_last=off", "threads=1",
 ]  # fmt: skip
+
+
+# autoregressive teachers: a tiny one, few pairs, and every phase within the ten steps
+TOKENS = {
+    "dd1": ["method.pairs=48", "method.starts=[0,2]"],
+    "dd2": ["method.pairs=48", "method.model_steps=4", "method.ttur=2"],
+    "independent": ["method.pairs=48"],
+}
 
 
 @pytest.fixture
@@ -37,8 +46,12 @@ def sample_of_fashion(monkeypatch):
 @pytest.mark.parametrize("recipe", config.names("recipe"))
 def test_first_losses(recipe, tmp_path, sample_of_fashion):
     cfg, _ = config.compose([f"recipe={recipe}", *SMALL, f"run.root={tmp_path}"])
-    cls = get_method(cfg.method_name)
-    teacher = load_teacher(cfg.teacher.name)
+    cls, teacher = get_method(cfg.method_name), None
+    if cfg.method_name in TOKENS:
+        more = TOKENS[cfg.method_name]
+        cfg, _ = config.compose([f"recipe={recipe}", *SMALL, *more, f"run.root={tmp_path}"])
+        teacher = tiny_tokens()
+    teacher = load_teacher(teacher or cfg.teacher.name)
     acc = Accelerator(cpu=True)
     engine = run.build(cfg, cls, cls.needs(cfg.method), teacher, tmp_path, acc)
     losses = [{k: float(v) for k, v in engine.train_step().items()} for _ in range(STEPS)]

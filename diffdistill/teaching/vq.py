@@ -69,12 +69,13 @@ class Quantiser(Method):
         }
 
     def revive(self) -> None:
-        """Every so often, codes that are hardly used start again at features of the batch."""
+        """At first all codes, every so often the hardly used ones, move to features of the batch."""
         cfg, codes = self.cfg, self.student
         codes.updates += 1
-        if codes.updates % cfg.reseed_every or codes.updates > cfg.reseed_until:
+        first = codes.updates == 1
+        if not first and (codes.updates % cfg.reseed_every or codes.updates > cfg.reseed_until):
             return
-        dead = (codes.usage < cfg.least_use).nonzero().flatten()
+        dead = ((codes.usage < cfg.least_use) | first).nonzero().flatten()
         pick = torch.randint(len(self._seen), (len(dead),), device=dead.device)
         codes.tokenizer.book[dead] = self._seen[pick]
         codes.usage[dead] = 1.0
