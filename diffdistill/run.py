@@ -214,7 +214,11 @@ def check_needs(name: str, needs: Needs, teacher: Teacher) -> None:
 
 
 def chosen_runtime(
-    cfg: RunConfig, denoiser: Denoiser | TokenModel, probe: Batch, folder: Path, accelerator: Accelerator
+    cfg: RunConfig,
+    denoiser: Denoiser | TokenModel,
+    probe: Batch,
+    folder: Path,
+    accelerator: Accelerator,
 ) -> Runtime:
     """Measured once per run on the main process, stored, and reused on resume."""
     file = folder / "runtime.json"

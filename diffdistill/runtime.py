@@ -29,7 +29,9 @@ class PrecisionConfig:
     channels_last: Literal["auto", "on", "off"] = "auto"
 
 
-def choose(denoiser: Denoiser | TokenModel, batch: Batch, cfg: PrecisionConfig) -> tuple[Runtime, dict]:
+def choose(
+    denoiser: Denoiser | TokenModel, batch: Batch, cfg: PrecisionConfig
+) -> tuple[Runtime, dict]:
     """The runtime for this network and batch, and the measured seconds per candidate."""
     fixed = Runtime(
         dtype="bf16" if cfg.dtype == "bf16" else "fp32",

@@ -4,7 +4,7 @@ Liu et al., "Distilled Decoding 2: One-step Sampling of Image Auto-regressive Mo
 Conditional Score Distillation", arXiv 2510.21003. No code is released.
 
     z = (1 - t) q + t eps for each token;  p_i = p(. | q_<i) of the teacher;  f_i = f(q_<i)
-    model        |v(z_i, t, f_i) - v_p(z_i, t)|^2 on the teacher's own sequences (ground-truth score)
+    model        |v(z_i, t, f_i) - v_p(z_i, t)|^2 on the teacher's sequences (ground-truth score)
     student := model, fake_score := model
     fake score   |v_fake(z_i, t, f_i) - (eps_i - q_i)|^2,  q = sg G(eps)
     student      SiD's loss between a_i = E[q_i | z_i] by p_i and b_i = z_i - t v_fake(z_i, t, f_i),

@@ -154,7 +154,8 @@ def read_info(folder: Path) -> dict[str, Any]:
 def _token_defaults(folder: Path) -> tuple[int, float]:
     """Groups of tokens and guidance of an autoregressive teacher's folder."""
     index, vq = (
-        json.loads((folder / name).read_text()) for name in ("model_index.json", "tokenizer/config.json")
+        json.loads((folder / name).read_text())
+        for name in ("model_index.json", "tokenizer/config.json")
     )
     side = -(-vq["size"] // (vq["fold"] * 2 ** (len(vq["widths"]) - 1)))
     return len(vq["scales"]) if vq["scales"] else side**2, index["guidance"]

@@ -26,9 +26,11 @@ def module(**parts):
 
 
 def resnet(i, o):
-    parts = {"norm1": nn.GroupNorm(32, i, eps=1e-6), "conv1": nn.Conv2d(i, o, 3, padding=1),
-             "norm2": nn.GroupNorm(32, o, eps=1e-6), "conv2": nn.Conv2d(o, o, 3, padding=1)}  # fmt: skip
-    return module(**parts, **({"nin_shortcut": nn.Conv2d(i, o, 1)} if i != o else {}))
+    return module(
+        norm1=nn.GroupNorm(32, i, eps=1e-6), conv1=nn.Conv2d(i, o, 3, padding=1),
+        norm2=nn.GroupNorm(32, o, eps=1e-6), conv2=nn.Conv2d(o, o, 3, padding=1),
+        **({"nin_shortcut": nn.Conv2d(i, o, 1)} if i != o else {}),
+    )  # fmt: skip
 
 
 def run_resnet(m, x):
@@ -125,7 +127,8 @@ class Tokenizer:
         else:
             quantize.register_buffer("codebook_used", torch.zeros(100))
         self.net = module(
-            **coder, quantize=quantize, quant_conv=nn.Conv2d(latent, C, kernel, padding=kernel // 2),
+            **coder, quantize=quantize,
+            quant_conv=nn.Conv2d(latent, C, kernel, padding=kernel // 2),
             post_quant_conv=nn.Conv2d(C, latent, kernel, padding=kernel // 2),
         )  # fmt: skip
 
@@ -161,8 +164,10 @@ def var_state(shared, normalised, depth=2, heads=2):
               "head_nm": module(ada_lin=nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D)))}  # fmt: skip
     blocks = []
     for _ in range(depth):
-        attn = module(mat_qkv=nn.Linear(D, 3 * D, bias=False), proj=nn.Linear(D, D),
-                      q_bias=nn.Parameter(torch.randn(D)), v_bias=nn.Parameter(torch.randn(D)))  # fmt: skip
+        attn = module(
+            mat_qkv=nn.Linear(D, 3 * D, bias=False), proj=nn.Linear(D, D),
+            q_bias=nn.Parameter(torch.randn(D)), v_bias=nn.Parameter(torch.randn(D)),
+        )  # fmt: skip
         attn.register_buffer("zero_k_bias", torch.zeros(D))
         if normalised:
             attn.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), 4.0).log())
@@ -233,9 +238,7 @@ def run_llamagen(net, tokens, label, grid=3, heads=2):
     """Logits of all positions; rotations as complex numbers, 0 for the class."""
     size = D // heads
     rates = 10_000.0 ** (-torch.arange(0, size // 2, 2) / (size // 2))
-    angles = [
-        torch.cat([y * rates, x * rates]) for y in range(grid) for x in range(grid)
-    ]
+    angles = [torch.cat([y * rates, x * rates]) for y in range(grid) for x in range(grid)]
     turn = torch.cat([torch.zeros(1, size // 2), torch.exp(1j * torch.stack(angles))])[: grid**2]
     h = torch.cat(
         [net.cls_embedding.embedding_table(label)[:, None], net.tok_embeddings(tokens[:, :-1])], 1
@@ -333,7 +336,7 @@ def test_wrong_files_are_named(tmp_path):
     state = read_tensors(files[0])
     del state["head.bias"]
     torch.save(state, tmp_path / "part.pth")
-    with pytest.raises(ValueError, match="does not fit MultiScaleTransformer: output.bias"):
+    with pytest.raises(ValueError, match=r"does not fit MultiScaleTransformer: output\.bias"):
         load_var(tmp_path / "part.pth", files[1], scales=SCALES)
 
 

@@ -128,7 +128,7 @@ def test_the_teacher_can_take_over_some_groups(tmp_path):
         mixed(0, teacher_groups=(3, 5))
     with pytest.raises(ValueError, match="distilled into this student"):
         mixed(0, guidance_scale=2.0)
-    with pytest.raises(ValueError, match="1 step|2 steps"):
+    with pytest.raises(ValueError, match=r"distilled for 2 steps"):
         mixed(0, num_inference_steps=7)
     with pytest.raises(ValueError, match="of kind 'teacher' was given"):
         AutoregressiveFewStepPipeline(pipe.transformer, pipe.tokenizer)

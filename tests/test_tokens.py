@@ -1,4 +1,4 @@
-"""Autoregressive teachers and students behind one interface: masks, caches, guidance, tokenizers."""
+"""Autoregressive networks behind one interface: masks, caches, guidance, tokenizers."""
 
 import pytest
 import torch
@@ -156,7 +156,7 @@ def test_truncation():
     close(p(temperature=0.5), torch.tensor([0.01, 0.16, 0.04, 0.09]) / 0.3)
     close(p(top_k=3, top_p=0.7), torch.tensor([0, 0.4, 0, 0.3]) / 0.7)  # of what top_k left
     for bad in ({"rule": "x"}, {"top_p": 0.0}, {"top_k": -1}, {"temperature": 0.0}):
-        with pytest.raises(ValueError, match="Allowed|must be"):
+        with pytest.raises(ValueError, match=r"Allowed|must be"):
             check_choice(bad)
 
 

@@ -82,7 +82,9 @@ def generate(
     for first in sampler.starts:
         x = torch.where(level < first, x, eps)
         logits, vectors = student.jump(x, first, cond)
-        answer = torch.where(level < sampler.split, read_out(student, logits, eps, sampler), vectors)
+        answer = torch.where(
+            level < sampler.split, read_out(student, logits, eps, sampler), vectors
+        )
         x = torch.where(level < first, x, answer)
     return x
 

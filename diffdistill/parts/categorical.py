@@ -65,7 +65,9 @@ def flow_map(
         chunk: at most so many numbers at a time.
     """
     rows = max(1, chunk // log_p.shape[-1])
-    flat = zip(log_p.flatten(0, -2).split(rows), eps.flatten(0, -2).float().split(rows), strict=True)
+    flat = zip(
+        log_p.flatten(0, -2).split(rows), eps.flatten(0, -2).float().split(rows), strict=True
+    )
     return torch.cat([_flow(p, z, codes, steps) for p, z in flat]).view(eps.shape[:-1])
 
 

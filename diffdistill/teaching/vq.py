@@ -69,7 +69,7 @@ class Quantiser(Method):
         }
 
     def revive(self) -> None:
-        """At first all codes, every so often the hardly used ones, move to features of the batch."""
+        """All codes at first, later those hardly used, move to features of the batch."""
         cfg, codes = self.cfg, self.student
         codes.updates += 1
         first = codes.updates == 1

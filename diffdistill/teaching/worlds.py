@@ -313,7 +313,9 @@ def _token_teacher(
     def fidelity() -> str:
         out = tokenizer.decode(tokenizer.codebook[tokenizer.tokens(test)])
         used = (codes.usage > 0.05).float().mean()
-        return f"PSNR {10 * torch.log10(4 / F.mse_loss(out, test)):.2f} dB, {used:.3f} of codes used"
+        return (
+            f"PSNR {10 * torch.log10(4 / F.mse_loss(out, test)):.2f} dB, {used:.3f} of codes used"
+        )
 
     stream = TensorStream(len(x), (1, 28, 28), {}, x=x, device=accelerator.device)
     method = vq.Quantiser(vq.Config(**settings["revival"]))

@@ -74,7 +74,10 @@ class Oracle(torch.nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.model, self.config = model, type(model.net.config)(kind="jump", indices=False, classes=0)
+        self.model, self.config = (
+            model,
+            type(model.net.config)(kind="jump", indices=False, classes=0),
+        )
 
     def jump(self, x, is_data, label):
         first = int(is_data.sum())  # single tokens: groups are positions
@@ -95,9 +98,10 @@ def test_one_and_two_steps_of_an_oracle_are_the_trajectory(split):
         got = generate(student, eps, label(500), TokenSampler(starts, split))
         torch.testing.assert_close(got, model.vectors(tokens))
     # wrong: noise drawn again in the second step belongs to another trajectory
-    prefix, fresh = generate(student, eps, label(500), TokenSampler((0,), split)), trajectories(
-        model, 500, seed=1
-    )[0]
+    prefix, fresh = (
+        generate(student, eps, label(500), TokenSampler((0,), split)),
+        trajectories(model, 500, seed=1)[0],
+    )
     wrong = generate(student, fresh, label(500), TokenSampler((1,), split), start=prefix)
     assert (model.nearest(wrong) != tokens).any(1).float().mean() > 0.1
 
@@ -113,7 +117,7 @@ def test_vectors_behind_the_split_stay_continuous():
 
 
 def test_the_teacher_can_draw_groups_again():
-    """Two groups of an oracle, the second by the teacher: the joint distribution is the teacher's."""
+    """One group by an oracle, the other by the teacher: the joint is the teacher's."""
     model, n = teacher(), 20_000
     student = model.clone(Oracle(model))
     eps = torch.randn(n, 2, 2)
@@ -213,5 +217,7 @@ def test_options():
             make(**bad).validate()
     with pytest.raises(ValueError, match="has 2 groups"):
         train("dd1", teacher(), steps=1, starts=(0, 5))
-    sampler = train("dd1", teacher(), n=300, steps=1, starts=(0, 1), student_steps=2).method.sampler()
+    sampler = train(
+        "dd1", teacher(), n=300, steps=1, starts=(0, 1), student_steps=2
+    ).method.sampler()
     assert sampler == TokenSampler((0, 1), 2)
