@@ -133,7 +133,7 @@ class TokenModel(nn.Module):
     def features(self, q: Tensor, cond: Cond) -> Tensor:
         """f_i = f(q_<i, cond) at every position, [B, n, d], from the vectors q [B, n, C]."""
         with self._pass(q):
-            return self.net.features(self.read(q), cond["label"])
+            return self.net.features(self._fit(self.read(q)), cond["label"])
 
     def logits(self, q: Tensor, cond: Cond, guidance: float = 1.0) -> Tensor:
         """Logits of p(q_i | q_<i, cond) at every position, float32 [B, n, V]."""
@@ -151,7 +151,7 @@ class TokenModel(nn.Module):
             inputs: for positions rows.start .. rows.stop - 1, without the first position's.
             caches: keys and values of earlier rows, for the conditional and unconditional pass.
         """
-        label = cond["label"]
+        label, inputs = cond["label"], self._fit(inputs)
         caches = caches or [None, None]  # type: ignore[list-item]
         with self._pass(inputs):
             c = self.net.logits(inputs, label, rows, caches[0]).float()
@@ -173,13 +173,18 @@ class TokenModel(nn.Module):
             x: [B, n, C], data vectors in groups below `start`, noise from there on.
         """
         with self._pass(x):
-            logits, vectors = self.net.jump(x, self.level < start, cond["label"])
+            logits, vectors = self.net.jump(self._fit(x), self.level < start, cond["label"])
         return logits.float(), vectors.float()
 
     def velocity(self, z: Tensor, t: Tensor, f: Tensor) -> Tensor:
         """dz/dt by the head, float32 [..., C], for z [..., C], t [...] and features f [..., d]."""
         with self.runtime.context(z.device):
-            return self.net.velocity(z, t, f).float()
+            return self.net.velocity(self._fit(z), t, f).float()
+
+    def _fit(self, x: Tensor) -> Tensor:
+        """Vectors in the network's own precision."""
+        dtype = next(self.net.parameters(), self.codebook).dtype
+        return x.to(dtype) if x.is_floating_point() else x
 
     def _pass(self, batch: Tensor):
         self.passes += len(batch)

@@ -60,8 +60,7 @@ class _TokenPipeline(DiffusionPipeline):
         return label, eps
 
     def _finish(self, vectors: Tensor, output_type: str, return_dict: bool):
-        dtype = self.tokenizer.dtype
-        x = self.tokenizer.decode(vectors.to(dtype)).float()
+        x = self.tokenizer.decode(vectors).float()
         x = (x / 2 + 0.5).clamp(0, 1).cpu()
         if output_type != "pt":
             x = x.permute(0, 2, 3, 1).numpy()

@@ -330,7 +330,7 @@ class DiffusionHead(nn.Module):
         rates = torch.exp(-math.log(10_000) * torch.arange(64, device=z.device) / 64)
         angle = 1000 * t[..., None].float() * rates
         time = torch.cat([angle.cos(), angle.sin()], -1).to(z.dtype)
-        cond = F.silu(self.time(time) + self.given(f))
+        cond = F.silu(self.time(time) + self.given(f.to(z.dtype)))
         h = self.enter(z)
         for modulation, layer in zip(self.modulations, self.layers, strict=True):
             gate, scale, shift = modulation(cond).chunk(3, -1)

@@ -106,8 +106,9 @@ class VQTokenizer(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def tokens(self, x: Tensor, batch: int = 256) -> Tensor:
-        """Images [N, c, size, size] in [-1, 1] -> tokens, int64 [N, n]."""
-        return torch.cat([self.quantise(self.features(part))[0] for part in x.split(batch)])
+        """Images [N, c, size, size] in [-1, 1] -> tokens, int64 [N, n], on the images' device."""
+        parts = (self.features(part.to(self.book)) for part in x.split(batch))
+        return torch.cat([self.quantise(f)[0] for f in parts]).to(x.device)
 
     def quantise(self, f: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Map f [B, C, g, g] -> tokens [B, n], running sums f_hat, and what was quantised.
@@ -139,7 +140,7 @@ class VQTokenizer(ModelMixin, ConfigMixin):
         f_hat_k = f_hat_{k-1} + phi_k(upsampled h_k), phi(h) = (h + conv(h)) / 2 (VAR).
         """
         total, out = 0, []
-        for k, part in enumerate(vectors.split(self.groups, dim=1)):
+        for k, part in enumerate(vectors.to(self.book).split(self.groups, dim=1)):
             side = self.config.scales[k]
             total = total + self._refine(k, part.transpose(1, 2).unflatten(2, (side, side)))
             out.append(total)
@@ -159,7 +160,7 @@ class VQTokenizer(ModelMixin, ConfigMixin):
     def decode(self, vectors: Tensor) -> Tensor:
         """Vectors [B, n, C], codes or not, -> images [B, c, size, size]."""
         if self.config.scales is None:
-            f = vectors.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+            f = vectors.to(self.book).transpose(1, 2).unflatten(2, (self.grid, self.grid))
         else:
             f = self.sums(vectors)[-1]
         return self.decode_map(f)

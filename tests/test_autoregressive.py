@@ -66,6 +66,19 @@ def test_an_image_depends_on_its_label_and_seed_alone(kind):
     assert pipe(2, generator=seeds(5), output_type="np", return_dict=False)[0].shape == (1, 8, 8, 1)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision(kind, tmp_path):
+    pipe, _, _, folder = student(tmp_path, kind)
+    pipe.to(torch.bfloat16)
+    images = pipe([1, 2], generator=seeds(4, 5), output_type="pt").images
+    assert images.dtype == torch.float32 and torch.isfinite(images).all()
+    few = AutoregressiveFewStepPipeline.from_pretrained(folder)
+    eps = torch.randn(2, *pipe.model().shape)
+    full = few([1, 2], latents=eps, output_type="pt").images
+    half = few.to(torch.bfloat16)([1, 2], latents=eps, output_type="pt").images
+    assert (full - half).abs().mean() < 0.1
+
+
 def test_a_teacher_refuses_what_it_cannot_do():
     pipe = tiny_tokens()
     for arguments, said in (

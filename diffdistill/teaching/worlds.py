@@ -311,7 +311,7 @@ def _token_teacher(
 
     @torch.no_grad()
     def fidelity() -> str:
-        out = tokenizer.decode(tokenizer.codebook[tokenizer.tokens(test)])
+        out = tokenizer.decode(tokenizer.codebook[tokenizer.tokens(test)]).cpu()
         used = (codes.usage > 0.05).float().mean()
         return (
             f"PSNR {10 * torch.log10(4 / F.mse_loss(out, test)):.2f} dB, {used:.3f} of codes used"
@@ -336,7 +336,8 @@ def _token_teacher(
 
     @torch.no_grad()
     def likelihood() -> str:
-        logits = model.logits(model.vectors(shown), {"label": test_labels})
+        at = accelerator.device
+        logits = model.logits(model.vectors(shown.to(at)), {"label": test_labels.to(at)}).cpu()
         return f"test NLL {F.cross_entropy(logits.flatten(0, 1), shown.flatten()):.4f} per token"
 
     stream = TensorStream(
