@@ -11,7 +11,8 @@ Matching", arXiv 2412.17153.
 Released are the model, the sampler and the initialisation; the training step is a reconstruction.
 Deviations: t is drawn per micro-batch, not per sample; by default the cross entropy takes all noise
 positions and d is the squared distance of vectors, so that `split` can be chosen after training
-(paper: the groups below `split`, and LPIPS of the decoded image: ce=split, distance=lpips).
+(paper: the groups below `split`, and LPIPS of the decoded image: ce=split, distance=lpips). A new
+input layer, for teachers that read indices, starts as the linear map nearest to their embedding.
 """
 
 from dataclasses import dataclass

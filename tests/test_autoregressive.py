@@ -199,6 +199,12 @@ def test_a_run_from_settings_to_student(options, world, tmp_path):
     assert info["train"]["network_passes"] > 0
 
 
+def test_a_teacher_that_does_not_ship_says_how_it_is_made(monkeypatch):
+    monkeypatch.setattr("diffdistill.teachers.embedded", lambda: [])
+    with pytest.raises(ValueError, match="diffdistill teach recipe=fashion-var; then give"):
+        load_teacher("fashion-var")
+
+
 def test_pairs_are_tokens_and_are_made_once(world, monkeypatch):
     teacher = load_teacher(str(world))
     cfg, _ = compose([f"teacher={world}", "data=fashion", "data.size=40", "method=dd1"])

@@ -86,8 +86,14 @@ def resolve(name: str) -> str:
         return str(assets.path("teachers", name))
     if name.count("/") == 1 and not name.startswith((".", "/")):
         return name
+    from diffdistill.config import names
     from diffdistill.registry import unknown
 
+    if name in names("teach"):
+        raise ValueError(
+            f"teacher {name!r} does not come with the package. Make it: diffdistill teach "
+            f"recipe={name}; then give its folder, teacher.name=runs/teach-{name}/teachers/{name}"
+        )
     raise ValueError(
         unknown("teacher", name, embedded()) + ", a folder of a diffusers pipeline, or a hub id"
     )

@@ -301,7 +301,7 @@ def test_options():
 def toy(model_steps, steps, batch=256, **options):
     model = table(*TOY)
     optim = {
-        "default": OptimConfig(lr=1e-3, weight_decay=0.0),
+        "default": OptimConfig(lr=1e-3, weight_decay=0.0, clip=0.0),
         "model": OptimConfig(lr=2e-3), "student": OptimConfig(lr=3e-4),
     }  # fmt: skip
     return run_method(
@@ -336,8 +336,8 @@ def test_learns_the_joint_distribution():
 
 @pytest.mark.slow
 def test_learns_the_joint_distribution_closely_and_wrong_alpha_does_not():
-    close, wrong = (distance(toy(300, 5000, batch=128, alpha=a))[0] for a in (1.0, 1.2))
-    assert close < 0.16 and wrong > close + 0.04
+    close, wrong = (distance(toy(1500, 4000, alpha=a))[0] for a in (1.0, 1.2))
+    assert close < 0.17 and wrong > 0.2
 
 
 def test_average_ramps_up_as_the_paper_says():
