@@ -205,6 +205,17 @@ def test_a_teacher_that_does_not_ship_says_how_it_is_made(monkeypatch):
         load_teacher("fashion-var")
 
 
+def test_execution_is_chosen_by_measuring():
+    from diffdistill.method import Batch
+    from diffdistill.runtime import PrecisionConfig, choose
+
+    model = tiny_tokens("scales").model()
+    batch = Batch(2, model.shape, {"label": torch.tensor([1, 2])})
+    chosen, seconds = choose(model, batch, PrecisionConfig(channels_last="off"))
+    assert chosen.dtype in ("fp32", "bf16") and len(seconds) >= 3
+    assert model.passes == 0 and not any(p.grad is not None for p in model.parameters())
+
+
 def test_pairs_are_tokens_and_are_made_once(world, monkeypatch):
     teacher = load_teacher(str(world))
     cfg, _ = compose([f"teacher={world}", "data=fashion", "data.size=40", "method=dd1"])
