@@ -370,17 +370,24 @@ class Engine:
 
     @torch.no_grad()
     def _move(self, transition) -> None:
-        source = self.method.teacher if transition.source == "teacher" else None
-        source = source if source is not None else self.roles[transition.source].module
+        role = None if transition.source == "teacher" else self.roles[transition.source]
+        source = self.method.teacher if role is None else role.module
         target = self.roles[transition.to]
+        averages = list(role.ema.values())[:1] if role is not None and transition.averaged else []
+        for ema in averages:
+            ema.swap(source)
         if transition.copy is not None:
             transition.copy(source, target.module)
         else:
             values = dict(source.named_parameters())
             for name, p in trainable(target.module):
                 p.copy_(values[name])
+        for ema in averages:
+            ema.swap(source)
         if transition.reset_optimizer:
             target.optimizer.state.clear()
+            for ema in target.ema.values():
+                ema.load(dict(trainable(target.module)))
 
     # ---- reporting ----------------------------------------------------------------------
 

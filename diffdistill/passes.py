@@ -21,10 +21,8 @@ from accelerate import Accelerator
 from diffdistill.config import RunConfig
 from diffdistill.data import prepare
 from diffdistill.data.stream import TensorStream
-from diffdistill.denoiser import guided
 from diffdistill.engine import Engine, step_seed
 from diffdistill.method import Batch, Losses, Update
-from diffdistill.parts import ode
 from diffdistill.registry import get_method
 from diffdistill.run import check_needs, make_roles
 from diffdistill.teachers import Teacher
@@ -68,13 +66,11 @@ def of_pairs(cfg: RunConfig, teacher: Teacher) -> int:
     needs = get_method(cfg.method_name).needs(cfg.method)
     if not needs.pairs:
         return 0
-    net = teacher.denoiser
-    steps = needs.pair_steps or int(teacher.info.get("steps", 50))
-    solve = ode.heun if teacher.family == "edm" else ode.ddim
+    net, guidance = teacher.denoiser, getattr(cfg.method, "guidance", 1.0)
+    _, solve = prepare.pair_solver(teacher, guidance, needs.pair_steps)
     one = torch.zeros(1, *net.shape, device=next(net.parameters()).device)
-    cond = net.null_cond(one)
     before = net.passes
-    solve(guided(net, getattr(cfg.method, "guidance", 1.0)), net.schedule, one, cond, steps)
+    solve(one, net.null_cond(one))
     shards = math.ceil(needs.pairs / prepare.PAIRS_PER_SHARD)
     return shards * prepare.PAIRS_PER_SHARD * (net.passes - before)
 

@@ -9,21 +9,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from diffdistill.data import fashion, images, shapes
 from diffdistill.data.stream import Lookup, TensorStream
-from diffdistill.denoiser import guided
+from diffdistill.denoiser import Cond, guided
 from diffdistill.method import Needs
 from diffdistill.parts import ode
+from diffdistill.parts.guidance import within
+from diffdistill.schedules import EDM
 from diffdistill.teachers import Teacher
 
 PAIRS_PER_SHARD = 256
@@ -138,27 +143,47 @@ def teacher_pairs(
     folder: Path,
     device: torch.device | str,
 ) -> tuple[Tensor, Tensor, dict[str, Lookup]]:
-    """Stored trajectories (eps, x) of the teacher's ODE, shard by shard; resumable."""
+    """Stored trajectories (eps, x) of the teacher's ODE, in shards of PAIRS_PER_SHARD.
+
+    A shard is a function of its number, so a run that was stopped goes on at the first one that is
+    missing, and a larger `count` adds to what is there. Pair i has condition i % n_conditions.
+    """
+    name, solve = pair_solver(teacher, guidance, steps)
+
+    def make(shard: int) -> dict[str, Tensor]:
+        rng = torch.Generator().manual_seed(shard)
+        noise = torch.randn(PAIRS_PER_SHARD, *teacher.denoiser.shape, generator=rng).to(device)
+        at = (torch.arange(PAIRS_PER_SHARD) + shard * PAIRS_PER_SHARD) % n_conditions
+        cond = {k: fn(at).to(device) for k, fn in lookups.items()}
+        return {"eps": noise.cpu(), "x": solve(noise, cond).float().cpu()}
+
+    shards = range(-(-count // PAIRS_PER_SHARD))
+    stored = [
+        _shard(folder / name / f"{shard:05d}.safetensors", partial(make, shard))
+        for shard in tqdm(shards, desc="teacher pairs", disable=None)
+    ]
+    wrapped = {k: (lambda i, fn=fn: fn(i % n_conditions)) for k, fn in lookups.items()}
+    eps, x = (torch.cat([s[part] for s in stored])[:count] for part in ("eps", "x"))
+    return eps, x, wrapped
+
+
+def pair_solver(
+    teacher: Teacher, guidance: float, steps: int
+) -> tuple[str, Callable[[Tensor, Cond], Tensor]]:
+    """A name for the cache, and the map from unit noise and conditions to the teacher's samples.
+
+    The teacher's own sampler without added noise: an EDM teacher's guidance acts where its
+    scheduler says. steps 0: the teacher's default.
+    """
     steps = steps or int(teacher.info.get("steps", 50))
     solve = ode.heun if teacher.family == "edm" else ode.ddim
-    where = folder / f"pairs-{solve.__name__}{steps}-g{guidance:g}"
-    denoise, schedule = guided(teacher.denoiser, guidance), teacher.denoiser.schedule
-    eps, x = [], []
-    shards = range(-(-count // PAIRS_PER_SHARD))
-    for shard in tqdm(shards, desc="teacher pairs", disable=None):
-        file = where / f"{shard:05d}.safetensors"
-        if not file.is_file():
-            rng = torch.Generator().manual_seed(shard)
-            noise = torch.randn(PAIRS_PER_SHARD, *teacher.denoiser.shape, generator=rng).to(device)
-            at = (torch.arange(PAIRS_PER_SHARD) + shard * PAIRS_PER_SHARD) % n_conditions
-            cond = {k: fn(at).to(device) for k, fn in lookups.items()}
-            end = solve(denoise, schedule, noise, cond, steps)
-            _save(file, {"eps": noise.cpu(), "x": end.float().cpu()})
-        stored = load_file(file)
-        eps.append(stored["eps"])
-        x.append(stored["x"])
-    wrapped = {k: (lambda i, fn=fn: fn(i % n_conditions)) for k, fn in lookups.items()}
-    return torch.cat(eps)[:count], torch.cat(x)[:count], wrapped
+    plain, name = teacher.denoiser, f"pairs-{solve.__name__}{steps}-g{guidance:g}"
+    denoise = guided(plain, guidance)
+    if teacher.family == "edm" and guidance != 1:
+        limits = {"guidance_tmin": 0.0, "guidance_tmax": EDM.t_max, **teacher.pipe.scheduler.config}
+        low, high = limits["guidance_tmin"], limits["guidance_tmax"]
+        denoise, name = within(plain, denoise, low, high), f"{name}-{low:g}-{high:g}"
+    return name, lambda eps, cond: solve(denoise, plain.schedule, eps, cond, steps)
 
 
 def read_prompts(path: str | None) -> list[str]:
@@ -212,6 +237,17 @@ def _teacher_key(teacher: Teacher) -> str:
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
+
+
+def _shard(file: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a file, made if it is missing or damaged."""
+    if file.is_file():
+        try:
+            return load_file(file)
+        except SafetensorError as error:
+            warnings.warn(f"{file} is damaged ({error}) and is made again", stacklevel=2)
+    _save(file, made := make())
+    return made
 
 
 def _cached(file: Path, make: Callable[[], Tensor]) -> Tensor:
