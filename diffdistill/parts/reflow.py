@@ -25,7 +25,7 @@ Anneal = Literal["linear", "cosine", "exponential", "constant", "none"]
 
 
 def randomness(kind: Anneal, step: int, length: int, level: float = 1.0) -> float:
-    """beta: the share of fresh noise in a pair (SlimFlow, arXiv 2407.12718, Sec. 3.2 and its code).
+    """beta: the share of fresh noise in a pair (SlimFlow, arXiv 2407.12718, and its code).
 
     linear and cosine fall from 1 to 0 in `length` steps, exponential is exp(-step / length) and
     never 0, constant is `level`, none is 0.
