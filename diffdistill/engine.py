@@ -36,13 +36,15 @@ from tqdm import tqdm
 from diffdistill.checkpoint import Checkpoints
 from diffdistill.ema import Ema, EmaConfig, trainable
 from diffdistill.method import Batch, Method, Update
+from diffdistill.muon import Muon
 from diffdistill.tracking import Tracker
 
 
 @dataclass
 class OptimConfig:
-    """AdamW of one role. None means: as in `optim.default`."""
+    """Optimizer of one role. None means: as in `optim.default`."""
 
+    name: Literal["adamw", "muon"] | None = None  # muon: see diffdistill/muon.py
     lr: float | None = None
     beta1: float | None = None
     beta2: float | None = None
@@ -55,7 +57,7 @@ class OptimConfig:
 
 
 DEFAULT_OPTIM = OptimConfig(
-    lr=1e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, clip=10.0, warmup=0,
+    name="adamw", lr=1e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, clip=10.0, warmup=0,
     decay="constant", final=0.0,
 )  # fmt: skip
 
@@ -187,7 +189,8 @@ class Engine:
     ) -> Role:
         cfg = optim_of(name, optim)
         params = [p for _, p in trainable(module)]
-        optimizer = torch.optim.AdamW(
+        kind = {"adamw": torch.optim.AdamW, "muon": Muon}[cfg.name]
+        optimizer = kind(
             params, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps,
             weight_decay=cfg.weight_decay, fused=True,
         )  # fmt: skip
