@@ -36,6 +36,7 @@ def model_card(info: Mapping[str, Any], *, stock: bool = True, lora: bool = Fals
         "method": info.get("method"),
         "paper": info.get("paper"),
         "data": info.get("data"),
+        "network": _size(info),
         "steps": steps,
         **_sampling(info),
         "guidance": f"{info['guidance']:g} (off: the student needs none)",
@@ -107,6 +108,14 @@ def _header(info: Mapping[str, Any]) -> str:
     # JSON strings are YAML strings, so nothing in a name can break the header
     lines = [f"{key}: {json.dumps(value)}" for key, value in fields.items() if value is not None]
     return "\n".join(["---", *lines, "---"])
+
+
+def _size(info: Mapping[str, Any]) -> str | None:
+    """Parameters, of the teacher too where they differ."""
+    own, teacher = info.get("parameters"), info.get("teacher_parameters")
+    if own is None:
+        return None
+    return f"{own:,} parameters" + ("" if own == teacher else f" (teacher: {teacher:,})")
 
 
 def _training(train: Mapping[str, Any]) -> str:

@@ -48,7 +48,9 @@ class Ema:
             [self.average[n] for n in names], [current[n].detach() for n in names], weight
         )
 
+    @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take these values as the average."""
         for name, value in self.average.items():
             value.copy_(state[name])
 

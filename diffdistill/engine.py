@@ -36,13 +36,15 @@ from tqdm import tqdm
 from diffdistill.checkpoint import Checkpoints
 from diffdistill.ema import Ema, EmaConfig, trainable
 from diffdistill.method import Batch, Method, Update
+from diffdistill.muon import Muon
 from diffdistill.tracking import Tracker
 
 
 @dataclass
 class OptimConfig:
-    """AdamW of one role. None means: as in `optim.default`."""
+    """Optimizer of one role. None means: as in `optim.default`."""
 
+    name: Literal["adamw", "muon"] | None = None  # muon: see diffdistill/muon.py
     lr: float | None = None
     beta1: float | None = None
     beta2: float | None = None
@@ -55,7 +57,7 @@ class OptimConfig:
 
 
 DEFAULT_OPTIM = OptimConfig(
-    lr=1e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, clip=10.0, warmup=0,
+    name="adamw", lr=1e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, clip=10.0, warmup=0,
     decay="constant", final=0.0,
 )  # fmt: skip
 
@@ -187,7 +189,8 @@ class Engine:
     ) -> Role:
         cfg = optim_of(name, optim)
         params = [p for _, p in trainable(module)]
-        optimizer = torch.optim.AdamW(
+        kind = {"adamw": torch.optim.AdamW, "muon": Muon}[cfg.name]
+        optimizer = kind(
             params, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps,
             weight_decay=cfg.weight_decay, fused=True,
         )  # fmt: skip
@@ -370,18 +373,27 @@ class Engine:
 
     @torch.no_grad()
     def _move(self, transition) -> None:
-        name, _, average = transition.source.partition(".")
-        source = self.method.teacher if name == "teacher" else self.roles[name].module
+        role = None if transition.source == "teacher" else self.roles[transition.source]
+        source = self.method.teacher if role is None else role.module
         target = self.roles[transition.to]
+        averages = list(role.ema.values())[:1] if role is not None and transition.averaged else []
+        for ema in averages:
+            ema.swap(source)
         if transition.copy is not None:
             transition.copy(source, target.module)
         else:
-            averages = [e.average for e in self.roles[name].ema.values()] if average else []
-            values = averages[0] if averages else dict(source.named_parameters())
+            values = dict(source.named_parameters())
             for name, p in trainable(target.module):
                 p.copy_(values[name])
+        for ema in averages:
+            if role is target:  # it keeps what it took
+                ema.load(dict(trainable(source)))
+            else:
+                ema.swap(source)
         if transition.reset_optimizer:
             target.optimizer.state.clear()
+            for ema in target.ema.values():
+                ema.load(dict(trainable(target.module)))
 
     # ---- reporting ----------------------------------------------------------------------
 

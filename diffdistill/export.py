@@ -77,6 +77,8 @@ def export_student(
         "name": folder.resolve().name, "guidance": 0, **info, "kind": "student", "family": family,
         "steps": len(sampler.times), "times": list(sampler.times), "renoise": sampler.renoise,
     }  # fmt: skip
+    sizes = (sum(p.numel() for p in unet.parameters()) for unet in (net, teacher_pipe.unet))
+    full["parameters"], full["teacher_parameters"] = sizes
     if len(nets) > 1:
         full["experts"] = list(sampler.experts)
     return _store(folder, pipe, full, adapter=nets[0] if lora and len(nets) == 1 else None)

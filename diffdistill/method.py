@@ -76,15 +76,16 @@ class Update:
 class Transition:
     """At the start of step `at`, role `to` takes the weights of role `source` (or "teacher").
 
-    `copy(source, to)` says how, if not parameter by parameter. "ROLE.ema" is the role's first
-    average.
+    `copy(source, to)` says how, if not parameter by parameter. `averaged`: the weights of the
+    source's first average (`diffdistill.ema`), where the run keeps one.
     """
 
     at: int
     source: str
     to: str
-    reset_optimizer: bool = True
+    reset_optimizer: bool = True  # its averages start from the new weights, too
     copy: Callable[[nn.Module, nn.Module], None] | None = None
+    averaged: bool = False
 
 
 @dataclass(frozen=True)

@@ -69,8 +69,8 @@ def of_pairs(cfg: RunConfig, teacher: Teacher) -> int:
     needs = get_method(cfg.method_name).needs(cfg.method)
     if not needs.pairs:
         return 0
-    net = teacher.denoiser
-    _, solve = prepare.solver(teacher, getattr(cfg.method, "guidance", 1.0), needs.pair_steps)
+    net, guidance = teacher.denoiser, getattr(cfg.method, "guidance", 1.0)
+    _, solve = prepare.pair_solver(teacher, guidance, needs.pair_steps)
     one = torch.zeros(1, *net.shape, device=next(net.parameters()).device)
     before = net.passes
     solve(one, net.null_cond(one))

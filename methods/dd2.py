@@ -108,7 +108,11 @@ class DD2(Method):
         begin, align = self.cfg.model_steps, self.cfg.align_at
         moves = [Transition(begin, "model", to) for to in ("student", "fake_score")]
         moves = moves if begin else []
-        return moves if align is None else [*moves, Transition(align, "student.ema", "student")]
+        return (
+            moves
+            if align is None
+            else [*moves, Transition(align, "student", "student", averaged=True)]
+        )
 
     def sampler(self) -> TokenSampler:
         return TokenSampler()

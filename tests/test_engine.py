@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -457,9 +458,9 @@ def test_too_many_in_a_row_stop_the_run():
 
 
 @pytest.mark.parametrize("ema", [{"default": EmaConfig(value=0.5, warmup=False)}, {}])
-def test_a_transition_can_take_the_average(ema):
-    """The student becomes its own first average; without averages, it stays."""
-    move = Transition(at=3, source="student.ema", to="student")
+def test_a_role_can_become_its_own_average(ema):
+    """It is the average, and so is the average; without averages, it stays."""
+    move = Transition(at=3, source="student", to="student", averaged=True)
     engine = build(two(pull("student"), pull("critic")), transitions=[move], ema=ema, steps=4)
     for _ in range(3):
         engine.train_step()
@@ -469,6 +470,7 @@ def test_a_transition_can_take_the_average(ema):
     engine._move(move)
     assert torch.equal(role.module.w, want) and torch.equal(want, live) == (not ema)
     assert not role.optimizer.state
+    assert all(torch.equal(e.average["w"], want) for e in role.ema.values())
 
 
 def test_transitions_copy_weights_and_reset_the_optimizer():
@@ -499,6 +501,38 @@ def test_transitions_copy_weights_and_reset_the_optimizer():
     assert values[5]["critic"] == values[5]["student"]
     assert states[5] == {"student": 5, "critic": 2, "head": 2}  # kept this time
     assert roles["critic"].w is not roles["student"].w
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_transition_can_take_an_average_and_restarts_those_of_its_target(kept):
+    """Without an average in the run, the raw weights are taken."""
+    moves = (
+        Transition(at=3, source="student", to="critic", averaged=True),
+        Transition(at=3, source="student", to="student"),
+    )
+    ema = {"a": EmaConfig(value=0.5, warmup=False), "b": EmaConfig(value=0.9)} if kept else None
+    seen = []
+
+    def updates(m):
+        def loss(_batch):
+            averages = [v.average["w"][0].item() for v in engine.roles["student"].ema.values()]
+            seen.append((m.student.w[0].item(), m.critic.w[0].item(), averages))
+            return {"norm": m.student.w.square().sum()}
+
+        yield Update("student", ("student",), loss)
+
+    engine = build(updates, transitions=moves, ema=ema, steps=5)
+    engine.fit()
+    raw, average = [s[0] for s in seen], seen[0][0]
+    for value in raw[1:4]:
+        average = (average + value) / 2
+    assert seen[2][1] == 1 and abs(average - raw[3]) > 1e-3  # they can be told apart
+    assert seen[3][1] == pytest.approx(average if kept else raw[3], rel=1e-6)
+    assert seen[3][2] == ([raw[3]] * 2 if kept else [])
+    engine = build(updates, transitions=(replace(moves[1], reset_optimizer=False),), ema=ema)
+    seen.clear()
+    engine.fit()
+    assert not kept or seen[3][2][0] != seen[3][0]  # kept this time
 
 
 # ---- callbacks, counting, stopping ------------------------------------------------------

@@ -25,12 +25,17 @@ SMALL = [
 ]  # fmt: skip
 
 
-# autoregressive teachers: a tiny one, few pairs, and every phase within the ten steps
-TOKENS = {
-    "dd1": ["method.pairs=48", "method.starts=[0,2]"],
-    "dd2": ["method.pairs=48", "method.model_steps=4", "method.ttur=2"],
-    "independent": ["method.pairs=48"],
-}
+MORE = {  # what a recipe needs besides, to be small
+    "slimflow_fashion": [
+        "method.pairs=48", "method.solver_steps=2", "method.reflow_steps=6",
+        "method.anneal_steps=4",
+    ],
+    "dd1_fashion": ["method.pairs=48", "method.starts=[0,2]"],
+    "dd1_fashion_2step": ["method.pairs=48", "method.starts=[0,2]"],
+    "dd2_fashion": ["method.pairs=48", "method.model_steps=4", "method.ttur=2"],
+    "independent_fashion": ["method.pairs=48"],
+}  # fmt: skip
+TINY = ("fashion-ar", "fashion-var")  # teachers that a tiny one stands for
 
 
 @pytest.fixture
@@ -45,13 +50,10 @@ def sample_of_fashion(monkeypatch):
 
 @pytest.mark.parametrize("recipe", config.names("recipe"))
 def test_first_losses(recipe, tmp_path, sample_of_fashion):
-    cfg, _ = config.compose([f"recipe={recipe}", *SMALL, f"run.root={tmp_path}"])
-    cls, teacher = get_method(cfg.method_name), None
-    if cfg.method_name in TOKENS:
-        more = TOKENS[cfg.method_name]
-        cfg, _ = config.compose([f"recipe={recipe}", *SMALL, *more, f"run.root={tmp_path}"])
-        teacher = tiny_tokens()
-    teacher = load_teacher(teacher or cfg.teacher.name)
+    small = (*SMALL, *MORE.get(recipe, ()), f"run.root={tmp_path}")
+    cfg, _ = config.compose([f"recipe={recipe}", *small])
+    cls = get_method(cfg.method_name)
+    teacher = load_teacher(tiny_tokens() if cfg.teacher.name in TINY else cfg.teacher.name)
     acc = Accelerator(cpu=True)
     engine = run.build(cfg, cls, cls.needs(cfg.method), teacher, tmp_path, acc)
     losses = [{k: float(v) for k, v in engine.train_step().items()} for _ in range(STEPS)]

@@ -6,16 +6,18 @@ so a second run starts at once. The cache is DIFFDISTILL_CACHE or ~/.cache/diffd
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -27,6 +29,8 @@ from diffdistill.method import Needs
 from diffdistill.parts import ode
 from diffdistill.parts.autoregressive import sample_tokens
 from diffdistill.parts.categorical import flow_map
+from diffdistill.parts.guidance import within
+from diffdistill.schedules import EDM
 from diffdistill.teachers import Teacher
 from diffdistill.tokens import TokenModel
 
@@ -144,50 +148,57 @@ def teacher_pairs(
     folder: Path,
     device: torch.device | str,
 ) -> tuple[Tensor, Tensor, dict[str, Lookup]]:
-    """Stored trajectories (eps, x) of the teacher's ODE, shard by shard; resumable."""
-    name, solve = solver(teacher, guidance, steps)
-    where = folder / f"pairs-{name}-g{guidance:g}"
-    eps, x = [], []
+    """Stored trajectories (eps, x) of the teacher's ODE, in shards of PAIRS_PER_SHARD.
+
+    A shard is a function of its number, so a run that was stopped goes on at the first one that is
+    missing, and a larger `count` adds to what is there. Pair i has condition i % n_conditions.
+    """
+    name, solve = pair_solver(teacher, guidance, steps)
+
+    def make(shard: int) -> dict[str, Tensor]:
+        rng = torch.Generator().manual_seed(shard)
+        noise = torch.randn(PAIRS_PER_SHARD, *teacher.denoiser.shape, generator=rng).to(device)
+        at = (torch.arange(PAIRS_PER_SHARD) + shard * PAIRS_PER_SHARD) % n_conditions
+        cond = {k: fn(at).to(device) for k, fn in lookups.items()}
+        return {"eps": noise.cpu(), "x": solve(noise, cond).cpu()}
+
     shards = range(-(-count // PAIRS_PER_SHARD))
-    for shard in tqdm(shards, desc="teacher pairs", disable=None):
-        file = where / f"{shard:05d}.safetensors"
-        if not file.is_file():
-            rng = torch.Generator().manual_seed(shard)
-            noise = torch.randn(PAIRS_PER_SHARD, *teacher.denoiser.shape, generator=rng).to(device)
-            at = (torch.arange(PAIRS_PER_SHARD) + shard * PAIRS_PER_SHARD) % n_conditions
-            cond = {k: fn(at).to(device) for k, fn in lookups.items()}
-            _save(file, {"eps": noise.cpu(), "x": solve(noise, cond).cpu()})
-        stored = load_file(file)
-        eps.append(stored["eps"])
-        x.append(stored["x"])
+    stored = [
+        _shard(folder / name / f"{shard:05d}.safetensors", partial(make, shard))
+        for shard in tqdm(shards, desc="teacher pairs", disable=None)
+    ]
     wrapped = {k: (lambda i, fn=fn: fn(i % n_conditions)) for k, fn in lookups.items()}
-    return torch.cat(eps)[:count], torch.cat(x)[:count], wrapped
+    eps, x = (torch.cat([s[part] for s in stored])[:count] for part in ("eps", "x"))
+    return eps, x, wrapped
 
 
-def solver(
+def pair_solver(
     teacher: Teacher, guidance: float, steps: int
 ) -> tuple[str, Callable[[Tensor, Cond], Tensor]]:
-    """Name and map of the teacher's ODE: unit noise and condition -> x0, or tokens (int32).
+    """A name for the cache, and the map from unit noise and conditions to the teacher's samples.
 
-    Args:
-        steps: 0: the teacher's default; of an autoregressive teacher, 24 for each token.
+    The teacher's own sampler without added noise: an EDM teacher's guidance acts where its
+    scheduler says. steps 0: the teacher's default. An autoregressive teacher's samples are tokens
+    (int32) by the flow map, whose steps are those of each token (24).
     """
     net = teacher.denoiser
     if isinstance(net, TokenModel):
         steps = steps or 24
-        rule = hashlib.sha256(repr(net.choice).encode()).hexdigest()[:6]
-        pick = functools.partial(flow_map, steps=steps)
-
-        def follow(eps: Tensor, cond: Cond) -> Tensor:
-            return sample_tokens(net, eps, cond, guidance, pick).int()
-
-        return f"flow{steps}-{rule}", follow
+        rule = _hash(asdict(net.choice))[:6]
+        pick = partial(flow_map, steps=steps)
+        return (
+            f"pairs-flow{steps}-{rule}-g{guidance:g}",
+            lambda eps, cond: sample_tokens(net, eps, cond, guidance, pick).int(),
+        )
     steps = steps or int(teacher.info.get("steps", 50))
-    solve, denoise = ode.heun if teacher.family == "edm" else ode.ddim, guided(net, guidance)
-    return (
-        f"{solve.__name__}{steps}",
-        lambda eps, cond: solve(denoise, net.schedule, eps, cond, steps).float(),
-    )
+    solve = ode.heun if teacher.family == "edm" else ode.ddim
+    plain, name = teacher.denoiser, f"pairs-{solve.__name__}{steps}-g{guidance:g}"
+    denoise = guided(plain, guidance)
+    if teacher.family == "edm" and guidance != 1:
+        limits = {"guidance_tmin": 0.0, "guidance_tmax": EDM.t_max, **teacher.pipe.scheduler.config}
+        low, high = limits["guidance_tmin"], limits["guidance_tmax"]
+        denoise, name = within(plain, denoise, low, high), f"{name}-{low:g}-{high:g}"
+    return name, lambda eps, cond: solve(denoise, plain.schedule, eps, cond, steps).float()
 
 
 def read_prompts(path: str | None) -> list[str]:
@@ -243,6 +254,17 @@ def _teacher_key(teacher: Teacher) -> str:
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
+
+
+def _shard(file: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a file, made if it is missing or damaged."""
+    if file.is_file():
+        try:
+            return load_file(file)
+        except SafetensorError as error:
+            warnings.warn(f"{file} is damaged ({error}) and is made again", stacklevel=2)
+    _save(file, made := make())
+    return made
 
 
 def _cached(file: Path, make: Callable[[], Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Distances of images: plain L2, or LPIPS (Zhang et al., arXiv 1801.03924) on decoded images."""
+"""Distances: plain L2 and L1, LPIPS (Zhang et al., arXiv 1801.03924) on decoded images, or sums."""
 
 from __future__ import annotations
 
@@ -14,18 +14,29 @@ from diffdistill.denoiser import Denoiser
 VGG = "vgg16-397923af.pth"
 
 
-def distance(kind: str, a: Tensor, b: Tensor, teacher: Denoiser) -> Tensor:
-    """Mean distance of two batches of clean estimates; gradients flow into `a`."""
+def distance(kind: str, a: Tensor, b: Tensor, teacher: Denoiser, size: int = 224) -> Tensor:
+    """Mean distance of two batches of clean estimates; gradients flow into `a`.
+
+    Args:
+        kind: l2, l1 or lpips, or a sum such as "lpips+l2".
+        size: pixels, to which images are resized for LPIPS; DMD, App. B: 224.
+    """
+    return sum(_distance(one, a, b, teacher, size) for one in kind.split("+"))  # type: ignore
+
+
+def _distance(kind: str, a: Tensor, b: Tensor, teacher: Denoiser, size: int) -> Tensor:
     if kind == "l2":
         return (a - b).square().mean()
-    images = [_resized(teacher.decode(x) if teacher.decode else x) for x in (a, b)]
+    if kind == "l1":
+        return (a - b).abs().mean()
+    images = [_resized(teacher.decode(x) if teacher.decode else x, size) for x in (a, b)]
     return _lpips(str(a.device))(*images).mean()
 
 
-def _resized(x: Tensor) -> Tensor:
-    """[-1, 1] grey or RGB -> RGB 224 x 224 (DMD, App. B)."""
+def _resized(x: Tensor, size: int) -> Tensor:
+    """[-1, 1] grey or RGB -> RGB of size x size."""
     x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
-    return F.interpolate(x, (224, 224), mode="bilinear", align_corners=False)
+    return F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
 
 
 @functools.cache
