@@ -108,11 +108,9 @@ class DD2(Method):
         begin, align = self.cfg.model_steps, self.cfg.align_at
         moves = [Transition(begin, "model", to) for to in ("student", "fake_score")]
         moves = moves if begin else []
-        return (
-            moves
-            if align is None
-            else [*moves, Transition(align, "student", "student", averaged=True)]
-        )
+        if align is not None:
+            moves.append(Transition(align, "student", "student", averaged=True))
+        return moves
 
     def sampler(self) -> TokenSampler:
         return TokenSampler()
