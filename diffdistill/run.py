@@ -220,7 +220,7 @@ def chosen_runtime(
 def preview_conditions(teacher: Teacher, stream: Any) -> tuple[list[Any], dict[str, Tensor]]:
     """The same conditions in every grid: the protocol's first ones, else the data's first."""
     world = teacher.info.get("world")
-    if world == "shapes" and teacher.family == "sd":
+    if world == "shapes" and teacher.conditions == "prompts":
         conditions: list[Any] = [shapes.scene(i, "test").caption for i in range(PREVIEWS)]
         return conditions, dict(teacher.encode(conditions))
     if world == "fashion":

@@ -17,7 +17,7 @@ from diffdistill.denoiser import Cond, Denoiser
 INFO = "diffdistill.json"
 
 
-SUPPORTED = ("StableDiffusionPipeline", "EDMPipeline")
+SUPPORTED = ("StableDiffusionPipeline", "StableDiffusion3Pipeline", "EDMPipeline")
 
 
 def no_adapter(kind: str) -> str:
@@ -32,7 +32,7 @@ class Teacher:
     """A frozen teacher and what surrounds it.
 
     Attributes:
-        family: "sd" (prompts), "edm" (class labels) or "module" (nothing but noise).
+        family: "sd", "sd3" (prompts), "edm" (class labels) or "module" (nothing but noise).
         encode: prompts or labels -> condition tensors [N, ...].
         to_x: uint8 images [N, C, H, W] -> what the denoiser calls x0.
         to_images: x0 -> uint8 images.
@@ -51,7 +51,8 @@ class Teacher:
     @property
     def conditions(self) -> str:
         """What its samples are conditioned on, in words."""
-        return {"sd": "prompts", "edm": "class labels"}.get(self.family, "nothing")
+        known = {"sd": "prompts", "sd3": "prompts", "edm": "class labels"}
+        return known.get(self.family, "nothing")
 
 
 def load_teacher(source: Any) -> Teacher:
@@ -124,10 +125,24 @@ def _adapt(pipe: Any, info: dict[str, Any]) -> Teacher:
             pipe.scheduler.config.prediction_type,
             sd.encode_prompts(pipe, [""]),
         )
-        denoiser.decode = lambda x: pipe.vae.decode(x / pipe.vae.config.scaling_factor).sample
+        denoiser.decode = lambda x: sd.decode(pipe.vae, x)
         teacher = Teacher(
             info["name"], "sd", denoiser,
             encode=lambda prompts: {"text": sd.encode_prompts(pipe, list(prompts))},
+            to_x=lambda images: sd.encode_images(pipe, images),
+            to_images=lambda x: sd.decode_latents(pipe, x),
+            pipe=pipe, info=info,
+        )  # fmt: skip
+    elif kind == "StableDiffusion3Pipeline":
+        from diffdistill.teachers import sd, sd3
+
+        denoiser = sd3.sd3_denoiser(
+            pipe.transformer, pipe.scheduler.config.shift, sd3.encode_prompts(pipe, [""])
+        )
+        denoiser.decode = lambda x: sd.decode(pipe.vae, x)
+        teacher = Teacher(
+            info["name"], "sd3", denoiser,
+            encode=lambda prompts: sd3.encode_prompts(pipe, list(prompts)),
             to_x=lambda images: sd.encode_images(pipe, images),
             to_images=lambda x: sd.decode_latents(pipe, x),
             pipe=pipe, info=info,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from diffdistill.data.images import to_uint8
@@ -60,15 +60,22 @@ def encode_images(pipe: StableDiffusionPipeline, images: Tensor, batch: int = 25
         vae.encode(part.to(vae.device).float() / 127.5 - 1).latent_dist.mean
         for part in images.split(batch)
     ]
-    return torch.cat(parts) * vae.config.scaling_factor
+    return (torch.cat(parts) - shift_of(vae)) * vae.config.scaling_factor
 
 
 @torch.no_grad()
 def decode_latents(pipe: StableDiffusionPipeline, latents: Tensor, batch: int = 256) -> Tensor:
     """Latents -> uint8 [N, 3, H, W]."""
     vae = pipe.vae
-    parts = [
-        vae.decode(part.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
-        for part in latents.split(batch)
-    ]
+    parts = [decode(vae, part.to(vae.device, vae.dtype)) for part in latents.split(batch)]
     return to_uint8(torch.cat(parts))
+
+
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Latents, scaled as the network knows them, -> images in [-1, 1]; differentiable."""
+    return vae.decode(latents / vae.config.scaling_factor + shift_of(vae)).sample
+
+
+def shift_of(vae: AutoencoderKL) -> float:
+    """What SD3 and Flux subtract from latents; Stable Diffusion's autoencoder has none."""
+    return vae.config.get("shift_factor") or 0.0
