@@ -8,13 +8,19 @@ from pathlib import Path
 from typing import Any
 
 ADAPTER = "pytorch_lora_weights.safetensors"
+STOCK = {"sd": ("LCMScheduler", "DDIMScheduler", "TCDScheduler")}
+STOCK["sd3"] = ("FlowMatchEulerDiscreteScheduler",)
+CLASSES = {"sd": "StableDiffusionPipeline", "sd3": "StableDiffusion3Pipeline"}
+NOISE = {
+    "fresh": "fresh", "ode": "kept (the ODE)", "tcd": "kept in part (trajectory consistency)"
+}  # fmt: skip
 COLUMNS = ("metric", "value", "n", "m", "protocol", "feature net", "steps", "guidance", "reference")
 
 
 def write_card(folder: Path, info: Mapping[str, Any]) -> None:
     """README.md of an exported student; call it again when `info` (its metrics) changes."""
     config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    stock = info["family"] == "sd" and config["_class_name"] == "LCMScheduler"
+    stock = config["_class_name"] in STOCK.get(info["family"], ())
     card = model_card(info, stock=stock, lora=(folder / ADAPTER).is_file())
     aside = folder / ".README.partial"
     aside.write_text(card, encoding="utf-8")
@@ -38,14 +44,15 @@ def model_card(info: Mapping[str, Any], *, stock: bool = True, lora: bool = Fals
         "steps": steps,
         "network called at times": ", ".join(f"{t:g}" for t in info["times"]),
         "expert of each step": ", ".join(str(i + 1) for i in info.get("experts", ())),
-        "noise between steps": info["renoise"] if steps > 1 else "none",
+        "noise between steps": NOISE[info["renoise"]] if steps > 1 else "none",
+        "eta": info.get("eta"),
         "guidance": f"{info['guidance']:g} (off: the student needs none)",
         "training": _training(info.get("train") or {}),
         "licence": info.get("licence"),
     }
     table = "\n".join(f"| {k} | {_cell(v)} |" for k, v in rows.items() if v not in (None, ""))
     call, note = _call(info, stock)
-    prompt = '"a photo of a red circle"' if info["family"] == "sd" else "3"
+    prompt = "3" if info["family"] == "edm" else '"a photo of a red circle"'
     parts = [
         _header(info),
         f"# {info['name']}",
@@ -83,7 +90,7 @@ def metrics_table(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _header(info: Mapping[str, Any]) -> str:
-    text = info["family"] == "sd"
+    text = info["family"] != "edm"
     fields = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image" if text else "unconditional-image-generation",
@@ -113,19 +120,28 @@ def _call(info: Mapping[str, Any], stock: bool) -> tuple[str, str]:
             'pipe = EDMPipeline.from_pretrained("FOLDER")\nimage = pipe(3).images[0]'
         )
         return call, "The argument is a class label. Other step counts are refused."
+    cls, eta = CLASSES[info["family"]], f", eta={info['eta']:g}" if "eta" in info else ""
     call = (
-        "from diffusers import StableDiffusionPipeline\n\n"
-        'pipe = StableDiffusionPipeline.from_pretrained("FOLDER")\nimage = pipe(\n'
-        f'    "a photo of a red circle", num_inference_steps={steps}, guidance_scale=0\n).images[0]'
+        f"from diffusers import {cls}\n\n"
+        f'pipe = {cls}.from_pretrained("FOLDER")\nimage = pipe(\n'
+        f'    "a photo of a red circle", num_inference_steps={steps}, guidance_scale=0{eta}\n'
+        ").images[0]"
     )
     if stock:
         note = (
-            "Needs diffusers only. Always give both arguments: stock pipelines have defaults of "
-            f"their own, and the stock scheduler refuses only step counts above {steps}."
+            "Needs diffusers only. Always give all arguments: stock pipelines have defaults of "
+            f"their own, and the stock scheduler refuses, if any, only step counts above {steps}."
         )
+        if info["family"] == "sd3" and steps > 1 and info["renoise"] == "fresh":
+            note += (
+                " The noise between its steps is drawn from torch's global generator: "
+                "`torch.manual_seed` fixes the picture, `generator=` its start alone."
+            )
         return call, note
     if info.get("experts"):
         return call, "Its experts take turns inside `unet`, so diffdistill must be importable."
+    if info["family"] == "sd3":
+        return call, "No stock scheduler takes these steps, so diffdistill must be importable."
     note = (
         "No stock scheduler takes these steps, so diffdistill must be importable. Near equivalent "
         "without it: `pipe.scheduler = LCMScheduler(...)` with the teacher's betas and "

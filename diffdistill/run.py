@@ -178,7 +178,7 @@ def with_lora(teacher: Denoiser, rank: int) -> Denoiser:
         r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights="gaussian"
     )
     student.net.requires_grad_(False)
-    inject_adapter_in_model(config, student.net.unet)
+    inject_adapter_in_model(config, student.net.backbone)
     student.trainable_names = {n for n, p in student.named_parameters() if p.requires_grad}
     if not student.trainable_names:
         raise ValueError(f"student.lora_rank={rank}: the teacher has none of the layers {targets}")
@@ -337,7 +337,7 @@ def export(cfg: RunConfig, engine: Engine, teacher: Teacher, folder: Path, argv:
 
         export_student(
             student, teacher_pipe=teacher.pipe, family=teacher.family,
-            weights=[net.unet for net in nets], sampler=engine.method.sampler(), info=info,
+            weights=[net.backbone for net in nets], sampler=engine.method.sampler(), info=info,
         )  # fmt: skip
     return student
 
@@ -375,6 +375,7 @@ def student_info(
         "times": list(sampler.times),
         "renoise": sampler.renoise,
         **({"experts": list(sampler.experts)} if sampler.experts else {}),
+        **({"eta": sampler.eta} if sampler.renoise == "tcd" else {}),
         "guidance": 0,
         "method": cfg.method_name,
         "paper": type(engine.method).paper,

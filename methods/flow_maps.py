@@ -89,7 +89,7 @@ class FlowMaps(Method):
         super().__init__(cfg, teacher)
         self.flow = flow_map.Flow(Trig.of(teacher, cfg.data_std, 1.0))
         self.jvp = Derivative(cfg)
-        if cfg.student_steps > 1 and hasattr(teacher.net, "unet"):
+        if cfg.student_steps > 1 and hasattr(teacher.net, "backbone"):
             raise ValueError(
                 f"method.student_steps={cfg.student_steps}: the second time of a flow map has no "
                 "place in a pipeline's network. Set method.student_steps=1"

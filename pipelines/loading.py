@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
 
@@ -16,8 +17,11 @@ from diffdistill.pipelines.edm import EDMPipeline
 from diffdistill.pipelines.scheduler import HeunEDMScheduler, untrained_steps
 
 INFO = "diffdistill.json"
-FAMILIES = {"StableDiffusionPipeline": "sd", "EDMPipeline": "edm"}
-STOCK = {"sd": (50, 7.5), "edm": (18, 1.0)}  # steps, guidance of a folder without diffdistill.json
+FAMILIES = {
+    "StableDiffusionPipeline": "sd", "StableDiffusion3Pipeline": "sd3", "EDMPipeline": "edm",
+}  # fmt: skip
+# steps and guidance of a folder without diffdistill.json
+STOCK = {"sd": (50, 7.5), "sd3": (28, 7.0), "edm": (18, 1.0)}
 
 
 class StudentStableDiffusionPipeline(StableDiffusionPipeline):
@@ -27,10 +31,52 @@ class StudentStableDiffusionPipeline(StableDiffusionPipeline):
 
     def __call__(self, prompt=None, **kwargs):  # type: ignore[override]
         """As StableDiffusionPipeline; num_inference_steps and guidance_scale default as trained."""
-        check_steps(self.student, kwargs.get("num_inference_steps"))
-        kwargs["num_inference_steps"] = self.student["steps"]
-        kwargs.setdefault("guidance_scale", self.student["guidance"])
-        return super().__call__(prompt, **kwargs)
+        return super().__call__(prompt, **as_trained(self.student, kwargs))
+
+
+class SeededStableDiffusion3Pipeline(StableDiffusion3Pipeline):
+    """The scheduler's noise comes from the call's generator, too; stock gives it to the start only.
+
+    So an image of a stochastic student does not depend on its batch.
+    """
+
+    def __call__(self, prompt=None, **kwargs):  # type: ignore[override]
+        """As StableDiffusion3Pipeline."""
+        step = self.scheduler.step
+        self.scheduler.step = functools.partial(step, generator=kwargs.get("generator"))
+        try:
+            return super().__call__(prompt, **kwargs)
+        finally:
+            del self.scheduler.step
+
+
+class StudentStableDiffusion3Pipeline(SeededStableDiffusion3Pipeline):
+    """A student whose `pipe(prompt)` is the distilled sampler. Made by `load_student`."""
+
+    student: dict[str, Any]
+
+    def __call__(self, prompt=None, **kwargs):  # type: ignore[override]
+        """As StableDiffusion3Pipeline; num_inference_steps and guidance_scale as trained."""
+        return super().__call__(prompt, **as_trained(self.student, kwargs))
+
+
+CLASSES = {
+    "sd": (StableDiffusionPipeline, StudentStableDiffusionPipeline),
+    "sd3": (SeededStableDiffusion3Pipeline, StudentStableDiffusion3Pipeline),
+    "edm": (EDMPipeline, EDMPipeline),
+}  # as anything, as a student
+
+
+def as_trained(info: dict[str, Any], call: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call with a student's defaults. ValueError: another number of steps."""
+    check_steps(info, call.get("num_inference_steps"))
+    defaults = {"guidance_scale": info["guidance"]} | extra_arguments(info)
+    return defaults | call | {"num_inference_steps": info["steps"]}
+
+
+def extra_arguments(info: dict[str, Any]) -> dict[str, Any]:
+    """What the pipeline of a student needs to be told besides steps and guidance."""
+    return {"eta": info["eta"]} if info["family"] == "sd" and "eta" in info else {}
 
 
 class Generator:
@@ -52,7 +98,7 @@ class Generator:
         """uint8 [N, C, H, W]. Image i is a function of (conditions[i], seeds[i]) alone.
 
         Args:
-            conditions: prompts (family sd) or labels (family edm).
+            conditions: prompts (families sd and sd3) or labels (family edm).
             steps, guidance: None: those of `info`. A student accepts its own steps only.
         """
         self._check(conditions, seeds)
@@ -67,6 +113,7 @@ class Generator:
                 guidance_scale=guidance,
                 generator=[torch.Generator().manual_seed(int(s)) for s in seeds[rows]],
                 output_type="pt",
+                **extra_arguments(self.info),
             ).images
             parts.append((255 * images.float() + 0.5).clamp(0, 255).to(torch.uint8).cpu())
         return torch.cat(parts)
@@ -77,7 +124,7 @@ class Generator:
         if isinstance(self.pipe.scheduler, HeunEDMScheduler):
             return self.pipe.passes(steps, guidance)
         self.pipe.scheduler.set_timesteps(steps)
-        twice = guidance > 1 if self.info["family"] == "sd" else guidance not in (0, 1)
+        twice = guidance not in (0, 1) if self.info["family"] == "edm" else guidance > 1
         return len(self.pipe.scheduler.timesteps) * (2 if twice else 1)
 
     def _call(self, steps: int | None, guidance: float | None) -> tuple[int, float]:
@@ -92,7 +139,8 @@ class Generator:
             raise ValueError(
                 f"{len(conditions)} conditions, {len(seeds)} seeds. Give one seed each."
             )
-        wanted, name = {"sd": (str, "prompts"), "edm": (int, "labels")}[self.info["family"]]
+        edm = self.info["family"] == "edm"
+        wanted, name = (int, "labels") if edm else (str, "prompts")
         if odd := [c for c in conditions if not isinstance(c, wanted)]:
             raise ValueError(f"{self.info['name']} is driven by {name}, but was given {odd[0]!r}.")
 
@@ -104,21 +152,18 @@ def load_pipeline(name_or_folder: str | Path, *, device: str | torch.device = "c
     """
     folder = _folder(name_or_folder)
     info = read_info(folder)
-    cls = StableDiffusionPipeline if info["family"] == "sd" else EDMPipeline
-    return Generator(_load(cls, folder).to(device), info)
+    return Generator(_load(CLASSES[info["family"]][0], folder).to(device), info)
 
 
 def load_student(
     folder: str | Path, *, device: str | torch.device = "cpu"
-) -> StudentStableDiffusionPipeline | EDMPipeline:
+) -> StudentStableDiffusionPipeline | StudentStableDiffusion3Pipeline | EDMPipeline:
     """The student as a diffusers pipeline: `pipe(prompt)` or `pipe(label)` needs nothing more."""
     path = _folder(folder)
     info = read_info(path)
     if info["kind"] != "student":
         raise ValueError(f"{path} is a {info['kind']}, not a student. Use load_pipeline for it.")
-    if info["family"] == "edm":
-        return _load(EDMPipeline, path).to(device)
-    pipe = _load(StudentStableDiffusionPipeline, path).to(device)
+    pipe = _load(CLASSES[info["family"]][1], path).to(device)
     pipe.student = info
     return pipe
 

@@ -108,12 +108,13 @@ class TwoTimes(nn.Module):
     of `times`, or 0.
 
     Args:
-        net: called as net(z, tau, **cond); has a sub-module `time_embedding` that ends in a linear
-            layer, as diffusers' UNets have.
+        net: called as net(z, tau, **cond); has one sub-module of a name in `EMBEDDINGS` that ends
+            in a linear layer, as diffusers' UNets and transformers have.
         times: t of the sampler's steps, falling.
     """
 
     WAVES = 16
+    EMBEDDINGS = ("time_embedding", "timestep_embedder")
 
     def __init__(self, net: nn.Module, schedule: Schedule, data_std: float, times: Sequence[float]):
         super().__init__()
@@ -151,22 +152,23 @@ class TwoTimes(nn.Module):
         return (times * lower).amax(1)
 
     @property
-    def unet(self) -> nn.Module:
-        """The stock UNet of a one-step student: its only jump is a constant in a bias."""
+    def backbone(self) -> nn.Module:
+        """The stock network of a one-step student: its only jump is a constant in a bias."""
         assert len(self.times) == 1, "the network hears different jumps"
         fused = copy.deepcopy(self.net)
-        linear = self._linear(fused.unet.time_embedding)
+        linear = self._linear(self._embedding(fused))
         with torch.no_grad():
             h = torch.tensor(self.times, dtype=torch.float64, device=linear.bias.device)
             linear.bias += self.shift(h)[0]
-        return fused.unet
+        return fused.backbone
 
-    def _embedding(self) -> nn.Module:
-        found = [m for n, m in self.net.named_modules() if n.split(".")[-1] == "time_embedding"]
+    def _embedding(self, net: nn.Module | None = None) -> nn.Module:
+        named = (net or self.net).named_modules()
+        found = [m for n, m in named if n.split(".")[-1] in self.EMBEDDINGS]
         if len(found) != 1:
             raise ValueError(
-                f"a flow map needs a network with one sub-module `time_embedding`, this one has "
-                f"{len(found)}. Use a teacher whose network is a UNet of diffusers"
+                f"a second time needs a network with one sub-module {' or '.join(self.EMBEDDINGS)},"
+                f" this one has {len(found)}. Use a UNet of diffusers or an SD3 transformer"
             )
         return found[0]
 

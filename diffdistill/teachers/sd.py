@@ -18,6 +18,11 @@ class SDNet(nn.Module):
         super().__init__()
         self.unet = unet
 
+    @property
+    def backbone(self) -> nn.Module:
+        """What the pipeline calls."""
+        return self.unet
+
     def forward(self, z: Tensor, t: Tensor, text: Tensor) -> Tensor:
         return self.unet(z, t.float(), encoder_hidden_states=text).sample
 

@@ -20,6 +20,11 @@ class SD3Net(nn.Module):
         super().__init__()
         self.transformer = transformer
 
+    @property
+    def backbone(self) -> nn.Module:
+        """What the pipeline calls."""
+        return self.transformer
+
     def forward(self, z: Tensor, t: Tensor, text: Tensor, pooled: Tensor) -> Tensor:
         return self.transformer(
             z, encoder_hidden_states=text, pooled_projections=pooled, timestep=(1000 * t).float(),
