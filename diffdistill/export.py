@@ -138,7 +138,11 @@ def _candidates(sampler: Sampler, shared: dict[str, Any]) -> Iterator[SchedulerM
             )  # fmt: skip
     elif shared.get("num_train_timesteps", 1000) % steps == 0:  # it steps by their quotient
         yield DDIMScheduler(
-            **shared, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing"
+            **shared,
+            clip_sample=False,
+            set_alpha_to_one=True,
+            timestep_spacing="trailing",
+            steps_offset=1,
         )
 
 
