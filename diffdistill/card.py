@@ -12,7 +12,8 @@ STOCK = {"sd": ("LCMScheduler", "DDIMScheduler", "TCDScheduler")}
 STOCK["sd3"] = ("FlowMatchEulerDiscreteScheduler",)
 CLASSES = {"sd": "StableDiffusionPipeline", "sd3": "StableDiffusion3Pipeline"}
 NOISE = {
-    "fresh": "fresh", "ode": "kept (the ODE)", "tcd": "kept in part (trajectory consistency)"
+    "fresh": "fresh", "ode": "kept (the ODE)", "tcd": "kept in part (trajectory consistency)",
+    "ancestral": "kept in part (DDIM with eta)",
 }  # fmt: skip
 COLUMNS = ("metric", "value", "n", "m", "protocol", "feature net", "steps", "guidance", "reference")
 

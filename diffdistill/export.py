@@ -82,7 +82,7 @@ def export_student(
         "name": folder.resolve().name, "guidance": 0, **info, "kind": "student", "family": family,
         "steps": len(sampler.times), "times": list(sampler.times), "renoise": sampler.renoise,
     }  # fmt: skip
-    if sampler.renoise == "tcd":
+    if sampler.renoise in ("tcd", "ancestral"):
         full["eta"] = sampler.eta
     if len(nets) > 1:
         full["experts"] = list(sampler.experts)
@@ -153,8 +153,9 @@ def flow_scheduler(sampler: Sampler) -> SchedulerMixin:
     t = 1 and ends at the last time. Else our FewStepScheduler.
     """
     times, steps = sampler.times, len(sampler.times)
-    if times[0] == 1 and sampler.renoise != "tcd":
-        stochastic = sampler.renoise == "fresh" and steps > 1
+    kind = "ode" if steps == 1 and sampler.renoise == "ancestral" else sampler.renoise
+    if times[0] == 1 and kind in ("fresh", "ode"):
+        stochastic = kind == "fresh" and steps > 1
         last = times[-1] if steps > 1 else None
         for shift in (1.0, *([_shift(times)] if steps == 3 else [])):
             stock = FlowMatchEulerDiscreteScheduler(

@@ -375,7 +375,7 @@ def student_info(
         "times": list(sampler.times),
         "renoise": sampler.renoise,
         **({"experts": list(sampler.experts)} if sampler.experts else {}),
-        **({"eta": sampler.eta} if sampler.renoise == "tcd" else {}),
+        **({"eta": sampler.eta} if sampler.renoise in ("tcd", "ancestral") else {}),
         "guidance": 0,
         "method": cfg.method_name,
         "paper": type(engine.method).paper,

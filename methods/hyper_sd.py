@@ -71,9 +71,6 @@ class Config(MethodConfig):
                 f"{self.stage_steps}. Allowed: 0 to 1, 0 to below 1, and 1 or more"
             )
 
-    def stage(self, step: int) -> int:
-        return min(step // self.stage_steps, len(self.stages) - 1)
-
 
 @register_method("hyper_sd")
 class HyperSD(Method):
@@ -93,11 +90,17 @@ class HyperSD(Method):
 
     def updates(self):
         c, follow = self.cfg, self.follow if self.cfg.target_decay > 0 else None
-        student = Update("student", ("student",), self.student_loss, after=follow)
-        if not any(c.gan):
-            return (student,)
-        first = next(i for i, weight in enumerate(c.gan) if weight > 0) * c.stage_steps
-        return student, Update("critic", ("discriminator",), self.critic_loss, start=first)
+        first, last = (0, *self.starts()), (*self.starts(), None)
+        updates = [
+            Update("student", ("student",), partial(self.student_loss, k=k), start=a, stop=b,
+                   after=follow)
+            for k, (a, b) in enumerate(zip(first, last, strict=True))
+        ]  # fmt: skip
+        if any(c.gan):
+            begin = next(a for a, weight in zip(first, c.gan, strict=True) if weight > 0)
+            critic = Update("critic", ("discriminator",), self.critic_loss, start=begin)
+            updates.append(critic)
+        return tuple(updates)
 
     def starts(self):
         """First steps of the stages after the first."""
@@ -131,8 +134,9 @@ class HyperSD(Method):
             y = self.jump(target, lower, before, end, cond)
         return self.jump(self.student, z, t, end, cond), y
 
-    def student_loss(self, batch: Batch):
-        c, x, cond, k = self.cfg, batch.x, batch.cond, self.cfg.stage(batch.step)
+    def student_loss(self, batch: Batch, k: int):
+        """In stage k."""
+        c, x, cond = self.cfg, batch.x, batch.cond
         grid = segments.solver_grid(self.schedule, c.solver_steps, x)
         n = torch.randint(1, len(grid), (len(x),), device=x.device)
         e = segments.end_points(n, segments.edges(c.solver_steps, c.stages[k]), c.end)

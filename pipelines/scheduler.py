@@ -40,7 +40,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         prediction_type: what `step` is given: the x0 estimate ("sample"), epsilon, v_prediction,
             flow_prediction.
         betas: the teacher's table, for "ddpm".
-        eta: of renoise "tcd".
+        eta: of renoise "tcd" and "ancestral".
     """
 
     order = 1
@@ -57,7 +57,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
     ):
         for name, value, allowed in (
             ("kind", kind, tuple(SCALE)),
-            ("renoise", renoise, ("fresh", "ode", "tcd")),
+            ("renoise", renoise, ("fresh", "ode", "tcd", "ancestral")),
             ("prediction_type", prediction_type, tuple(PREDICTIONS)),
         ):
             if value not in allowed:

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from diffdistill import config, run
 from diffdistill.registry import get_method
-from diffdistill.teachers import load_teacher
+from diffdistill.teachers import embedded, load_teacher
 
 GOLDEN = Path(__file__).parent / "golden"
 STEPS = 10
@@ -38,6 +38,8 @@ def sample_of_fashion(monkeypatch):
 def test_first_losses(recipe, tmp_path, sample_of_fashion):
     cfg, _ = config.compose([f"recipe={recipe}", *SMALL, f"run.root={tmp_path}"])
     cls = get_method(cfg.method_name)
+    if cfg.teacher.name == "shapes-dit" and "shapes-dit" not in embedded():
+        pytest.skip("the weights of shapes-dit are not there yet")
     teacher = load_teacher(cfg.teacher.name)
     acc = Accelerator(cpu=True)
     engine = run.build(cfg, cls, cls.needs(cfg.method), teacher, tmp_path, acc)

@@ -16,7 +16,7 @@ from torch import Tensor
 from diffdistill.denoiser import Cond, eps_of
 from diffdistill.method import Batch, Sampler
 from diffdistill.parts.interval import noise_from
-from diffdistill.schedules import DDPM, Schedule, add_noise, times
+from diffdistill.schedules import DDPM, Schedule, add_noise, bcast, times
 
 Denoise = Callable[[Tensor, Tensor, Cond], Tensor]
 Students = Denoise | Sequence[Denoise]  # several: the sampler's `experts` says whose turn it is
@@ -40,6 +40,11 @@ def renoise(
         low = (1 - sampler.eta) * torch.tensor(s)
         low = max(float(low.floor() if isinstance(schedule, DDPM) else low), schedule.t_min)
         return noise_from(schedule, _ddim(schedule, x0, z, t, low), eps, times(s, z), low)
+    if sampler.renoise == "ancestral":
+        kept, added = ancestral(schedule, times(t, z), times(s, z), sampler.eta)
+        implied = eps_of(schedule, x0, z, times(t, z))
+        still = bcast(schedule.alpha(times(s, z)), z) * x0 + bcast(kept, z) * implied
+        return still + bcast(added, z) * eps
     if sampler.renoise == "ode":
         return _ddim(schedule, x0, z, t, s)
     return add_noise(schedule, x0, eps, times(s, z))
@@ -48,6 +53,17 @@ def renoise(
 def finish(schedule: Schedule, x0: Tensor, z: Tensor, t: float, sampler: Sampler) -> Tensor:
     """The sample behind the last estimate x0 at (z, t): itself, but for "tcd"."""
     return _ddim(schedule, x0, z, t, schedule.t_min) if sampler.renoise == "tcd" else x0
+
+
+def ancestral(schedule: Schedule, t: Tensor, s: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+    """Shares of the implied and of new noise at s < t; their squares add up to sigma_s^2.
+
+    new = eta sigma_s sqrt(1 - (alpha_t sigma_s / (alpha_s sigma_t))^2)
+    """
+    sigma = schedule.sigma(s)
+    ratio = schedule.alpha(t) * sigma / (schedule.alpha(s) * schedule.sigma(t))
+    new = eta * sigma * (1 - ratio.square()).clamp_min(0).sqrt()
+    return (sigma.square() - new.square()).clamp_min(0).sqrt(), new
 
 
 def _ddim(schedule: Schedule, x0: Tensor, z: Tensor, t: float, s: float) -> Tensor:

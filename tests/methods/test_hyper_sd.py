@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffdistill.denoiser import guided
-from diffdistill.method import Batch, Sampler
+from diffdistill.method import Sampler
 from diffdistill.methods import hyper_sd
 from diffdistill.parts import segments
 from diffdistill.parts.interval import kernel
@@ -143,8 +143,8 @@ def test_5_the_teacher_is_guided_in_the_first_stage_and_its_heir_never():
     m, batch = engine.method, engine._micro_batches(0)[0]
     seen = []
     m.pair = lambda solver, z, t, before, end, cond: seen.append(solver) or (z, z)
-    m.student_loss(batch)
-    m.student_loss(Batch(**{**vars(batch), "step": 2}))
+    m.student_loss(batch, 0)
+    m.student_loss(batch, 1)
     assert seen[1] is m.previous
     z, t = torch.randn(8, 1, 8, 8), torch.ones(8, dtype=torch.float64)
     u = m.teacher(z, t, {"label": torch.full((8,), 3)})
@@ -152,7 +152,7 @@ def test_5_the_teacher_is_guided_in_the_first_stage_and_its_heir_never():
     torch.testing.assert_close(seen[0](z, t, batch.cond), u + 3 * (c - u))
     assert guided(m.teacher, 1.0) is m.teacher
     m.cfg.trajectory = "teacher"
-    m.student_loss(Batch(**{**vars(batch), "step": 2}))
+    m.student_loss(batch, 1)
     torch.testing.assert_close(seen[2](z, t, batch.cond), u + 3 * (c - u))
 
 
@@ -219,13 +219,12 @@ def test_8_pcm_ends_at_the_edges():
     m.pair = lambda *a: ends.append(a[4]) or pair(*a)
     grid = segments.solver_grid(m.schedule, 16, torch.empty(0))
     for _ in range(20):
-        m.student_loss(engine._micro_batches(0)[0])
+        m.student_loss(engine._micro_batches(0)[0], 0)
     assert set(torch.cat(ends).tolist()) == set(grid[[0, 4, 8, 12]].tolist())
 
 
 def test_stages_start_anew():
     engine = make(stages=(4, 2, 1), stage_steps=2, target_decay=0.5)
-    m, state = engine.method, []
     for step in range(6):
         if step in (2, 4):
             before = [p.clone() for p in engine.roles["student"].params]
@@ -240,8 +239,8 @@ def test_stages_start_anew():
                     assert torch.equal(a, b)
             for a, b in zip(before, engine.roles["student"].params, strict=True):
                 assert torch.equal(a, b)
-        state.append(engine.train_step())
-    assert [m.cfg.stage(i) for i in (0, 1, 2, 3, 4, 5, 99)] == [0, 0, 1, 1, 2, 2, 2]
+        engine.train_step()
+    assert [(u.start, u.stop) for u in engine.updates] == [(0, 2), (2, 4), (4, None)]
     assert [t.at for t in engine.transitions] == [2, 2, 2, 4, 4, 4]
 
 
@@ -267,7 +266,6 @@ def test_the_critic_tells_the_students_end_from_the_targets():
     assert ["student/gan" in log for log in logs] == [False, False, True, True]
     assert engine.roles["discriminator"].updates == 2
     m, batch = engine.method, engine._micro_batches(0)[0]
-    batch = Batch(**{**vars(batch), "step": 2})
     z, t = torch.randn(8, 1, 8, 8), torch.full((8,), 2.0, dtype=torch.float64)
     seen = []
     m.discriminator.forward = lambda f: seen.append(f) or f.mean((1, 2, 3))[:, None]
