@@ -10,7 +10,7 @@ from typing import Any
 ADAPTER = "pytorch_lora_weights.safetensors"
 STOCK = {"sd": ("LCMScheduler", "DDIMScheduler", "TCDScheduler")}
 STOCK["sd3"] = ("FlowMatchEulerDiscreteScheduler",)
-CLASSES = {"sd": "StableDiffusionPipeline", "sd3": "StableDiffusion3Pipeline"}
+STOCK["sana"] = ("FlowMatchEulerDiscreteScheduler", "SCMScheduler")
 NOISE = {
     "fresh": "fresh", "ode": "kept (the ODE)", "tcd": "kept in part (trajectory consistency)",
     "ancestral": "kept in part (DDIM with eta)",
@@ -121,11 +121,12 @@ def _call(info: Mapping[str, Any], stock: bool) -> tuple[str, str]:
             'pipe = EDMPipeline.from_pretrained("FOLDER")\nimage = pipe(3).images[0]'
         )
         return call, "The argument is a class label. Other step counts are refused."
-    cls, eta = CLASSES[info["family"]], f", eta={info['eta']:g}" if "eta" in info else ""
+    cls = info.get("pipeline", "StableDiffusionPipeline")
+    more = "".join(f", {k}={v}" for k, v in info.get("call", {}).items())
     call = (
         f"from diffusers import {cls}\n\n"
         f'pipe = {cls}.from_pretrained("FOLDER")\nimage = pipe(\n'
-        f'    "a photo of a red circle", num_inference_steps={steps}, guidance_scale=0{eta}\n'
+        f'    "a photo of a red circle", num_inference_steps={steps}, guidance_scale=0{more}\n'
         ").images[0]"
     )
     if stock:
@@ -141,7 +142,7 @@ def _call(info: Mapping[str, Any], stock: bool) -> tuple[str, str]:
         return call, note
     if info.get("experts"):
         return call, "Its experts take turns inside `unet`, so diffdistill must be importable."
-    if info["family"] == "sd3":
+    if info["family"] != "sd":
         return call, "No stock scheduler takes these steps, so diffdistill must be importable."
     note = (
         "No stock scheduler takes these steps, so diffdistill must be importable. Near equivalent "

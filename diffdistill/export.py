@@ -16,7 +16,11 @@ from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
+    SanaPipeline,
+    SanaSprintPipeline,
+    SanaTransformer2DModel,
     SchedulerMixin,
+    SCMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -29,10 +33,10 @@ from diffdistill.card import write_card
 from diffdistill.method import Sampler
 from diffdistill.pipelines.edm import EDMPipeline
 from diffdistill.pipelines.experts import ExpertUNet
-from diffdistill.pipelines.loading import INFO
+from diffdistill.pipelines.loading import INFO, size_arguments
 from diffdistill.pipelines.scheduler import FewStepScheduler
 
-Network = UNet2DConditionModel | UNet2DModel | SD3Transformer2DModel
+Network = UNet2DConditionModel | UNet2DModel | SD3Transformer2DModel | SanaTransformer2DModel
 SHARED = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
     "prediction_type", "rescale_betas_zero_snr",
@@ -43,7 +47,7 @@ def export_student(
     folder: str | Path,
     *,
     teacher_pipe: DiffusionPipeline,
-    family: Literal["sd", "sd3", "edm"],
+    family: Literal["sd", "sd3", "sana", "edm"],
     weights: Network | Sequence[Network],
     sampler: Sampler,
     info: Mapping[str, Any],
@@ -56,7 +60,9 @@ def export_student(
             of `sampler.experts`; they are stored as one that asks the right one at each time.
         info: what the card and diffdistill.json say beyond the sampler (teacher, method, ...).
     """
-    folder = Path(folder)
+    folder, call = Path(folder), {"eta": sampler.eta} if family == "sd" else {}
+    if sampler.renoise not in ("tcd", "ancestral"):
+        call = {}
     nets = list(weights) if isinstance(weights, Sequence) else [weights]
     lora = bool(getattr(nets[0], "peft_config", None))
     fused = [_fused(n) if lora else n for n in nets]
@@ -69,6 +75,8 @@ def export_student(
         scheduler = flow_scheduler(sampler)
         parts = {**teacher_pipe.components, "transformer": net, "scheduler": scheduler}
         pipe = StableDiffusion3Pipeline(**parts)
+    elif family == "sana":
+        pipe, call = sana_pipeline(teacher_pipe, net, sampler)
     elif family == "edm":
         scheduler = FewStepScheduler(list(sampler.times), "edm", sampler.renoise, eta=sampler.eta)
         c = teacher_pipe.config
@@ -77,13 +85,16 @@ def export_student(
             num_classes=c.num_classes,
         )  # fmt: skip
     else:
-        raise ValueError(f"family is {family!r}. Allowed: sd, sd3, edm")
+        raise ValueError(f"family is {family!r}. Allowed: sd, sd3, sana, edm")
     full = {
         "name": folder.resolve().name, "guidance": 0, **info, "kind": "student", "family": family,
         "steps": len(sampler.times), "times": list(sampler.times), "renoise": sampler.renoise,
     }  # fmt: skip
     if sampler.renoise in ("tcd", "ancestral"):
         full["eta"] = sampler.eta
+    full["pipeline"] = type(pipe).__name__
+    if call:
+        full["call"] = call
     if len(nets) > 1:
         full["experts"] = list(sampler.experts)
     aside = folder.with_name(f".{folder.name}.partial")
@@ -168,6 +179,40 @@ def flow_scheduler(sampler: Sampler) -> SchedulerMixin:
     return FewStepScheduler(
         list(times), "flow", sampler.renoise, "flow_prediction", eta=sampler.eta
     )
+
+
+def sana_pipeline(
+    teacher: SanaPipeline, net: SanaTransformer2DModel, sampler: Sampler
+) -> tuple[SanaPipeline | SanaSprintPipeline, dict[str, Any]]:
+    """The student's pipeline, and what a call of it must be told besides steps and guidance.
+
+    SanaSprintPipeline with SCMScheduler re-noises at TrigFlow times, tan t = tau / (1 - tau): any
+    one or two, or evenly spaced ones (its argument `timesteps` fails in diffusers 0.42). Its
+    network must embed tau itself (`timestep_scale` 0.001). Else SanaPipeline with flow steps.
+    """
+    parts = {**teacher.components, "transformer": net}
+    first, *later = (math.atan2(tau, 1 - tau) for tau in sampler.times)
+    steps = 1 + len(later)
+    even = all(abs(t - first * (1 - i / steps)) < 1e-6 for i, t in enumerate(later, 1))
+    taken = sampler.renoise == "fresh" and (steps <= 2 or even)
+    if net.config.timestep_scale != 1e-3 or net.config.guidance_embeds or not taken:
+        pipe = SanaPipeline(**parts | {"scheduler": flow_scheduler(sampler)})
+        return pipe, size_arguments(pipe)
+    parts["transformer"] = _with_guidance_input(net)
+    call = size_arguments(teacher) | {"max_timesteps": first, "intermediate_timesteps": None}
+    if steps == 2:
+        call["intermediate_timesteps"] = later[0]
+    return SanaSprintPipeline(**parts | {"scheduler": SCMScheduler()}), call
+
+
+def _with_guidance_input(net: SanaTransformer2DModel) -> SanaTransformer2DModel:
+    """The same function as a network that is told a guidance scale, as SanaSprintPipeline does."""
+    config = {k: v for k, v in net.config.items() if not k.startswith("_")}
+    new = SanaTransformer2DModel(**config | {"guidance_embeds": True}).to(net.device)
+    old = {k.replace("time_embed.emb.", "time_embed."): v for k, v in net.state_dict().items()}
+    silent = {k: torch.zeros_like(v) for k, v in new.state_dict().items() if "guidance_emb" in k}
+    new.load_state_dict(old | silent)
+    return new.eval()
 
 
 def _shift(times: Sequence[float]) -> float:

@@ -58,6 +58,11 @@ class ExpertUNet(ModelMixin, ConfigMixin):
     @classmethod
     def of(cls, nets: Sequence[nn.Module], sampler: Sampler, family: str) -> ExpertUNet:
         """Trained experts; the limits lie halfway between the steps where the expert changes."""
+        if family not in SEEN:
+            raise ValueError(
+                f"students of several networks cannot be stored for pipelines of family {family!r}."
+                f" Allowed: {', '.join(SEEN)}"
+            )
         time = SEEN[family]
         steps = list(zip(sampler.times, sampler.experts, strict=True))
         changes = itertools.pairwise(steps)

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers import (
+    DiffusionPipeline,
+    SanaPipeline,
+    SanaSprintPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+)
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,20 +24,21 @@ from diffdistill.pipelines.scheduler import HeunEDMScheduler, untrained_steps
 
 INFO = "diffdistill.json"
 FAMILIES = {
-    "StableDiffusionPipeline": "sd", "StableDiffusion3Pipeline": "sd3", "EDMPipeline": "edm",
+    "StableDiffusionPipeline": "sd", "StableDiffusion3Pipeline": "sd3", "SanaPipeline": "sana",
+    "SanaSprintPipeline": "sana", "EDMPipeline": "edm",
 }  # fmt: skip
 # steps and guidance of a folder without diffdistill.json
-STOCK = {"sd": (50, 7.5), "sd3": (28, 7.0), "edm": (18, 1.0)}
+STOCK = {"sd": (50, 7.5), "sd3": (28, 7.0), "sana": (20, 4.5), "edm": (18, 1.0)}
 
 
-class StudentStableDiffusionPipeline(StableDiffusionPipeline):
-    """A student whose `pipe(prompt)` is the distilled sampler. Made by `load_student`."""
+class AsTrained:
+    """`pipe(prompt)` is the distilled sampler. Students made by `load_student` inherit this."""
 
     student: dict[str, Any]
 
-    def __call__(self, prompt=None, **kwargs):  # type: ignore[override]
-        """As StableDiffusionPipeline; num_inference_steps and guidance_scale default as trained."""
-        return super().__call__(prompt, **as_trained(self.student, kwargs))
+    def __call__(self, prompt=None, **kwargs):
+        """As the stock pipeline; what it is told besides the prompt defaults as trained."""
+        return super().__call__(prompt, **as_trained(self.student, kwargs))  # type: ignore[misc]
 
 
 class SeededStableDiffusion3Pipeline(StableDiffusion3Pipeline):
@@ -50,33 +57,44 @@ class SeededStableDiffusion3Pipeline(StableDiffusion3Pipeline):
             del self.scheduler.step
 
 
-class StudentStableDiffusion3Pipeline(SeededStableDiffusion3Pipeline):
-    """A student whose `pipe(prompt)` is the distilled sampler. Made by `load_student`."""
+class StudentStableDiffusionPipeline(AsTrained, StableDiffusionPipeline):
+    """A student of the family sd."""
 
-    student: dict[str, Any]
 
-    def __call__(self, prompt=None, **kwargs):  # type: ignore[override]
-        """As StableDiffusion3Pipeline; num_inference_steps and guidance_scale as trained."""
-        return super().__call__(prompt, **as_trained(self.student, kwargs))
+class StudentStableDiffusion3Pipeline(AsTrained, SeededStableDiffusion3Pipeline):
+    """A student of the family sd3."""
+
+
+class StudentSanaPipeline(AsTrained, SanaPipeline):
+    """A student of the family sana that takes flow steps."""
+
+
+class StudentSanaSprintPipeline(AsTrained, SanaSprintPipeline):
+    """A student of the family sana that takes TrigFlow steps."""
 
 
 CLASSES = {
-    "sd": (StableDiffusionPipeline, StudentStableDiffusionPipeline),
-    "sd3": (SeededStableDiffusion3Pipeline, StudentStableDiffusion3Pipeline),
-    "edm": (EDMPipeline, EDMPipeline),
-}  # as anything, as a student
+    "StableDiffusionPipeline": (StableDiffusionPipeline, StudentStableDiffusionPipeline),
+    "StableDiffusion3Pipeline": (SeededStableDiffusion3Pipeline, StudentStableDiffusion3Pipeline),
+    "SanaPipeline": (SanaPipeline, StudentSanaPipeline),
+    "SanaSprintPipeline": (SanaSprintPipeline, StudentSanaSprintPipeline),
+    "EDMPipeline": (EDMPipeline, EDMPipeline),
+}  # class in the folder -> as anything, as a student
 
 
 def as_trained(info: dict[str, Any], call: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call with a student's defaults. ValueError: another number of steps."""
     check_steps(info, call.get("num_inference_steps"))
-    defaults = {"guidance_scale": info["guidance"]} | extra_arguments(info)
+    defaults = {"guidance_scale": info["guidance"]} | info.get("call", {})
     return defaults | call | {"num_inference_steps": info["steps"]}
 
 
-def extra_arguments(info: dict[str, Any]) -> dict[str, Any]:
-    """What the pipeline of a student needs to be told besides steps and guidance."""
-    return {"eta": info["eta"]} if info["family"] == "sd" and "eta" in info else {}
+def size_arguments(pipe: SanaPipeline | SanaSprintPipeline) -> dict[str, Any]:
+    """What Sana's pipelines must be told to draw images of their network's size, if not 1024 px."""
+    size = pipe.transformer.config.sample_size
+    if (side := size * pipe.vae_scale_factor) == 1024:
+        return {}
+    return {"height": side, "width": side, "use_resolution_binning": size in (16, 32, 64, 128)}
 
 
 class Generator:
@@ -84,6 +102,7 @@ class Generator:
 
     def __init__(self, pipe: DiffusionPipeline, info: dict[str, Any]):
         self.pipe, self.info = pipe, info
+        self.call = info.get("call") or (size_arguments(pipe) if info["family"] == "sana" else {})
         pipe.set_progress_bar_config(disable=True)
 
     def sample(
@@ -98,7 +117,7 @@ class Generator:
         """uint8 [N, C, H, W]. Image i is a function of (conditions[i], seeds[i]) alone.
 
         Args:
-            conditions: prompts (families sd and sd3) or labels (family edm).
+            conditions: prompts (all families but edm) or labels (family edm).
             steps, guidance: None: those of `info`. A student accepts its own steps only.
         """
         self._check(conditions, seeds)
@@ -113,7 +132,7 @@ class Generator:
                 guidance_scale=guidance,
                 generator=[torch.Generator().manual_seed(int(s)) for s in seeds[rows]],
                 output_type="pt",
-                **extra_arguments(self.info),
+                **self.call,
             ).images
             parts.append((255 * images.float() + 0.5).clamp(0, 255).to(torch.uint8).cpu())
         return torch.cat(parts)
@@ -123,9 +142,11 @@ class Generator:
         steps, guidance = self._call(steps, guidance)
         if isinstance(self.pipe.scheduler, HeunEDMScheduler):
             return self.pipe.passes(steps, guidance)
-        self.pipe.scheduler.set_timesteps(steps)
         twice = guidance not in (0, 1) if self.info["family"] == "edm" else guidance > 1
-        return len(self.pipe.scheduler.timesteps) * (2 if twice else 1)
+        if self.info["kind"] != "student":
+            self.pipe.scheduler.set_timesteps(steps)
+            steps = len(self.pipe.scheduler.timesteps)
+        return steps * (2 if twice else 1)
 
     def _call(self, steps: int | None, guidance: float | None) -> tuple[int, float]:
         if self.info["kind"] == "student":
@@ -152,18 +173,18 @@ def load_pipeline(name_or_folder: str | Path, *, device: str | torch.device = "c
     """
     folder = _folder(name_or_folder)
     info = read_info(folder)
-    return Generator(_load(CLASSES[info["family"]][0], folder).to(device), info)
+    return Generator(_load(folder, 0).to(device), info)
 
 
 def load_student(
     folder: str | Path, *, device: str | torch.device = "cpu"
-) -> StudentStableDiffusionPipeline | StudentStableDiffusion3Pipeline | EDMPipeline:
+) -> AsTrained | EDMPipeline:
     """The student as a diffusers pipeline: `pipe(prompt)` or `pipe(label)` needs nothing more."""
     path = _folder(folder)
     info = read_info(path)
     if info["kind"] != "student":
         raise ValueError(f"{path} is a {info['kind']}, not a student. Use load_pipeline for it.")
-    pipe = _load(CLASSES[info["family"]][1], path).to(device)
+    pipe = _load(path, 1).to(device)
     pipe.student = info
     return pipe
 
@@ -210,7 +231,8 @@ def _folder(name: str | Path) -> Path:
     )
 
 
-def _load(cls: type[DiffusionPipeline], folder: Path):
-    pipe = cls.from_pretrained(str(folder), local_files_only=True)
+def _load(folder: Path, which: int):
+    kind = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    pipe = CLASSES[kind][which].from_pretrained(str(folder), local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe

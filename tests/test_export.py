@@ -320,7 +320,7 @@ def test_export_replaces_the_old_student_and_leaves_nothing_beside(teacher, tmp_
         [999],
         "student",
     )
-    with pytest.raises(ValueError, match="Allowed: sd, sd3, edm"):
+    with pytest.raises(ValueError, match="Allowed: sd, sd3, sana, edm"):
         export_student(
             folder, teacher_pipe=teacher, family="dit", weights=teacher.unet,
             sampler=Sampler((999.0,)), info=INFO,

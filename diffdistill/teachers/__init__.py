@@ -17,7 +17,9 @@ from diffdistill.denoiser import Cond, Denoiser
 INFO = "diffdistill.json"
 
 
-SUPPORTED = ("StableDiffusionPipeline", "StableDiffusion3Pipeline", "EDMPipeline")
+SUPPORTED = (
+    "StableDiffusionPipeline", "StableDiffusion3Pipeline", "SanaPipeline", "EDMPipeline"
+)  # fmt: skip
 
 
 def no_adapter(kind: str) -> str:
@@ -32,7 +34,7 @@ class Teacher:
     """A frozen teacher and what surrounds it.
 
     Attributes:
-        family: "sd", "sd3" (prompts), "edm" (class labels) or "module" (nothing but noise).
+        family: "sd", "sd3", "sana" (prompts), "edm" (class labels) or "module" (nothing but noise).
         encode: prompts or labels -> condition tensors [N, ...].
         to_x: uint8 images [N, C, H, W] -> what the denoiser calls x0.
         to_images: x0 -> uint8 images.
@@ -51,7 +53,7 @@ class Teacher:
     @property
     def conditions(self) -> str:
         """What its samples are conditioned on, in words."""
-        known = {"sd": "prompts", "sd3": "prompts", "edm": "class labels"}
+        known = {"sd": "prompts", "sd3": "prompts", "sana": "prompts", "edm": "class labels"}
         return known.get(self.family, "nothing")
 
 
@@ -143,6 +145,22 @@ def _adapt(pipe: Any, info: dict[str, Any]) -> Teacher:
         teacher = Teacher(
             info["name"], "sd3", denoiser,
             encode=lambda prompts: sd3.encode_prompts(pipe, list(prompts)),
+            to_x=lambda images: sd.encode_images(pipe, images),
+            to_images=lambda x: sd.decode_latents(pipe, x),
+            pipe=pipe, info=info,
+        )  # fmt: skip
+    elif kind == "SanaPipeline":
+        from diffdistill.teachers import sana, sd
+
+        c = pipe.scheduler.config
+        denoiser = sana.sana_denoiser(
+            pipe.transformer, c.get("flow_shift") or c.get("shift") or 1.0,
+            sana.encode_prompts(pipe, [""], instructed=False),
+        )  # fmt: skip
+        denoiser.decode = lambda x: sd.decode(pipe.vae, x)
+        teacher = Teacher(
+            info["name"], "sana", denoiser,
+            encode=lambda prompts: sana.encode_prompts(pipe, list(prompts)),
             to_x=lambda images: sd.encode_images(pipe, images),
             to_images=lambda x: sd.decode_latents(pipe, x),
             pipe=pipe, info=info,

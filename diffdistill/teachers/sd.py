@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderDC, AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from diffdistill.data.images import to_uint8
@@ -61,10 +61,9 @@ def encode_prompts(pipe: StableDiffusionPipeline, prompts: list[str], batch: int
 def encode_images(pipe: StableDiffusionPipeline, images: Tensor, batch: int = 256) -> Tensor:
     """Posterior means of uint8 [N, 3, H, W], scaled as the UNet expects: float32 latents."""
     vae = pipe.vae
-    parts = [
-        vae.encode(part.to(vae.device).float() / 127.5 - 1).latent_dist.mean
-        for part in images.split(batch)
-    ]
+    encoded = (vae.encode(p.to(vae.device).float() / 127.5 - 1) for p in images.split(batch))
+    deterministic = isinstance(vae, AutoencoderDC)
+    parts = [e.latent if deterministic else e.latent_dist.mean for e in encoded]
     return (torch.cat(parts) - shift_of(vae)) * vae.config.scaling_factor
 
 

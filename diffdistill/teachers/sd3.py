@@ -33,8 +33,12 @@ class SD3Net(nn.Module):
 
 
 def token_map(output: tuple[Tensor, Tensor], z: Tensor) -> Tensor:
-    """The image tokens [B, N, C] of a joint block's output (text, image) as a map [B, C, h, w]."""
-    tokens = output[1]
+    """The image tokens of a joint block's output (text, image) as a map [B, C, h, w]."""
+    return tokens_as_map(output[1], z)
+
+
+def tokens_as_map(tokens: Tensor, z: Tensor) -> Tensor:
+    """[B, N, C] -> [B, C, h, w], with the aspect ratio of z."""
     height = round((tokens.shape[1] * z.shape[-2] / z.shape[-1]) ** 0.5)
     return tokens.transpose(1, 2).unflatten(2, (height, -1))
 
