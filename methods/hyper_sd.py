@@ -46,7 +46,7 @@ class Config(MethodConfig):
     eta: float = 0.0  # noise between steps, 0: none (DDIM), up to 1; TCD's scheduler: 0.3
     solver_steps: int = 50  # N, points of the solver's grid; LCM, TCD, PCM
     stages: tuple[int, ...] = (8, 4, 2, 1)  # segments in each; paper
-    stage_steps: int = 500  # engine steps of each stage but the last, which has the rest
+    stage_steps: int = 500  # of the engine, for each stage but the last: train.steps is to be more
     end: segments.End = "random"  # where in the segment: a random point, or its lower edge (PCM)
     trajectory: Literal["previous", "teacher"] = "previous"  # whose step z' is after stage one
     target_decay: float = 0.95  # 0: the target is the student; LCM: 0.95
