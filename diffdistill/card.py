@@ -8,6 +8,16 @@ from pathlib import Path
 from typing import Any
 
 ADAPTER = "pytorch_lora_weights.safetensors"
+STOCK = {"sd": ("LCMScheduler", "DDIMScheduler", "TCDScheduler")}
+STOCK["sd3"] = ("FlowMatchEulerDiscreteScheduler",)
+STOCK["sana"] = ("FlowMatchEulerDiscreteScheduler", "SCMScheduler")
+NOISE = {
+    "fresh": "fresh", "ode": "kept (the ODE)", "tcd": "kept in part (trajectory consistency)",
+    "ancestral": "kept in part (DDIM with eta)",
+}  # fmt: skip
+LABELLED = {  # families that are driven by class labels: module and pipeline class
+    "edm": ("edm", "EDMPipeline"), "tokens": ("autoregressive", "AutoregressiveFewStepPipeline"),
+}  # fmt: skip
 COLUMNS = ("metric", "value", "n", "m", "protocol", "feature net", "steps", "guidance", "reference")
 
 
@@ -15,7 +25,7 @@ def write_card(folder: Path, info: Mapping[str, Any]) -> None:
     """README.md of an exported student; call it again when `info` (its metrics) changes."""
     scheduler = folder / "scheduler" / "scheduler_config.json"  # token students have none
     config = json.loads(scheduler.read_text()) if scheduler.is_file() else {}
-    stock = info["family"] == "sd" and config["_class_name"] == "LCMScheduler"
+    stock = config.get("_class_name") in STOCK.get(info["family"], ())
     card = model_card(info, stock=stock, lora=(folder / ADAPTER).is_file())
     aside = folder / ".README.partial"
     aside.write_text(card, encoding="utf-8")
@@ -45,7 +55,7 @@ def model_card(info: Mapping[str, Any], *, stock: bool = True, lora: bool = Fals
     }
     table = "\n".join(f"| {k} | {_cell(v)} |" for k, v in rows.items() if v not in (None, ""))
     call, note = _call(info, stock)
-    prompt = '"a photo of a red circle"' if info["family"] == "sd" else "3"
+    prompt = "3" if info["family"] in LABELLED else '"a photo of a red circle"'
     parts = [
         _header(info),
         f"# {info['name']}",
@@ -71,7 +81,7 @@ def model_card(info: Mapping[str, Any], *, stock: bool = True, lora: bool = Fals
     return "\n\n".join(parts) + "\n"
 
 
-def _sampling(info: Mapping[str, Any]) -> dict[str, str]:
+def _sampling(info: Mapping[str, Any]) -> dict[str, Any]:
     """Rows of the card on how the student is called."""
     if info["family"] == "tokens":
         return {
@@ -81,7 +91,8 @@ def _sampling(info: Mapping[str, Any]) -> dict[str, str]:
     return {
         "network called at times": ", ".join(f"{t:g}" for t in info["times"]),
         "expert of each step": ", ".join(str(i + 1) for i in info.get("experts", ())),
-        "noise between steps": info["renoise"] if info["steps"] > 1 else "none",
+        "noise between steps": NOISE[info["renoise"]] if info["steps"] > 1 else "none",
+        "eta": info.get("eta"),
     }
 
 
@@ -97,7 +108,7 @@ def metrics_table(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _header(info: Mapping[str, Any]) -> str:
-    text = info["family"] == "sd"
+    text = info["family"] not in LABELLED
     fields = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image" if text else "unconditional-image-generation",
@@ -129,29 +140,36 @@ def _training(train: Mapping[str, Any]) -> str:
 def _call(info: Mapping[str, Any], stock: bool) -> tuple[str, str]:
     """The python that samples the student, and what must be known about it."""
     steps = info["steps"]
-    if info["family"] != "sd":
-        module, name = {
-            "edm": ("edm", "EDMPipeline"),
-            "tokens": ("autoregressive", "AutoregressiveFewStepPipeline"),
-        }[info["family"]]
+    if info["family"] in LABELLED:
+        module, name = LABELLED[info["family"]]
         call = (
             f"from diffdistill.pipelines.{module} import {name}\n\n"
             f'pipe = {name}.from_pretrained("FOLDER")\nimage = pipe(3).images[0]'
         )
         return call, "The argument is a class label. Other step counts are refused."
+    cls = info.get("pipeline", "StableDiffusionPipeline")
+    more = "".join(f", {k}={v}" for k, v in info.get("call", {}).items())
     call = (
-        "from diffusers import StableDiffusionPipeline\n\n"
-        'pipe = StableDiffusionPipeline.from_pretrained("FOLDER")\nimage = pipe(\n'
-        f'    "a photo of a red circle", num_inference_steps={steps}, guidance_scale=0\n).images[0]'
+        f"from diffusers import {cls}\n\n"
+        f'pipe = {cls}.from_pretrained("FOLDER")\nimage = pipe(\n'
+        f'    "a photo of a red circle", num_inference_steps={steps}, guidance_scale=0{more}\n'
+        ").images[0]"
     )
     if stock:
         note = (
-            "Needs diffusers only. Always give both arguments: stock pipelines have defaults of "
-            f"their own, and the stock scheduler refuses only step counts above {steps}."
+            "Needs diffusers only. Always give all arguments: stock pipelines have defaults of "
+            f"their own, and the stock scheduler refuses, if any, only step counts above {steps}."
         )
+        if info["family"] == "sd3" and steps > 1 and info["renoise"] == "fresh":
+            note += (
+                " The noise between its steps is drawn from torch's global generator: "
+                "`torch.manual_seed` fixes the picture, `generator=` its start alone."
+            )
         return call, note
     if info.get("experts"):
         return call, "Its experts take turns inside `unet`, so diffdistill must be importable."
+    if info["family"] != "sd":
+        return call, "No stock scheduler takes these steps, so diffdistill must be importable."
     note = (
         "No stock scheduler takes these steps, so diffdistill must be importable. Near equivalent "
         "without it: `pipe.scheduler = LCMScheduler(...)` with the teacher's betas and "

@@ -27,6 +27,12 @@ from diffdistill.schedules import Schedule, bcast
 
 Cond = Mapping[str, Tensor]
 Prediction = Literal["x0", "eps", "v", "flow"]
+FeatureMap = Callable[[Any, Tensor], Tensor]
+
+
+def first_output(output: Any, _z: Tensor) -> Tensor:
+    """What a layer gives, or the first of several outputs: [B, C, h, w] in a UNet."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ class Denoiser(nn.Module):
         shape: of one sample, without the batch dimension.
         null_cond: one unconditional sample of `cond` (leading dimension 1), for guidance.
         feature_layer: name of the sub-module of `net` whose output discriminators read.
+        feature_map: (output of such a sub-module, z) -> activation [B, C, h, w].
         sigma_data: data std of EDM's loss weight; only for x0 networks.
     """
 
@@ -75,6 +82,7 @@ class Denoiser(nn.Module):
         shape: tuple[int, ...] = (),
         null_cond: Cond | None = None,
         feature_layer: str | None = None,
+        feature_map: FeatureMap = first_output,
         sigma_data: float | None = None,
     ):
         super().__init__()
@@ -85,6 +93,7 @@ class Denoiser(nn.Module):
         self.prediction = prediction
         self.shape = tuple(shape)
         self.feature_layer = feature_layer
+        self.feature_map = feature_map
         self.sigma_data = sigma_data
         self.null = dict(null_cond or {})
         self.runtime = Runtime()
@@ -157,7 +166,7 @@ class Denoiser(nn.Module):
 
         def hook_of(name: str) -> Callable[..., None]:
             def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-                found[name] = output[0] if isinstance(output, tuple) else output
+                found[name] = self.feature_map(output, z)
                 if not whole and len(found) == len(layers):
                     raise _Reached
 

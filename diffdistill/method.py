@@ -106,12 +106,16 @@ class Sampler:
 
     renoise "fresh": z = alpha x0 + sigma eps' with new noise (LCM, DMD2, consistency models).
     renoise "ode": the implied noise is kept (DDIM).
+    renoise "tcd": the share 1 - eta of the next time is reached by DDIM, the rest by new noise; the
+    last step ends at the schedule's lowest time (Trajectory consistency, arXiv 2402.19159).
+    renoise "ancestral": DDIM with noise, eta = 1 as in DDPM (arXiv 2010.02502, Eq. 16).
     experts: which of the method's students each step asks; none: the only one.
     """
 
     times: tuple[float, ...]
-    renoise: Literal["fresh", "ode"] = "fresh"
+    renoise: Literal["fresh", "ode", "tcd", "ancestral"] = "fresh"
     experts: tuple[int, ...] = ()
+    eta: float = 1.0  # of "tcd" and "ancestral"; up to 1, for "tcd" above 0
 
 
 @dataclass(frozen=True)

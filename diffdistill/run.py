@@ -188,7 +188,7 @@ def with_lora(teacher: Denoiser, rank: int) -> Denoiser:
         r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights="gaussian"
     )
     student.net.requires_grad_(False)
-    inject_adapter_in_model(config, student.net.unet)
+    inject_adapter_in_model(config, student.net.backbone)
     student.trainable_names = {n for n, p in student.named_parameters() if p.requires_grad}
     if not student.trainable_names:
         raise ValueError(f"student.lora_rank={rank}: the teacher has none of the layers {targets}")
@@ -238,7 +238,7 @@ def chosen_runtime(
 def preview_conditions(teacher: Teacher, stream: Any) -> tuple[list[Any], dict[str, Tensor]]:
     """The same conditions in every grid: the protocol's first ones, else the data's first."""
     world = teacher.info.get("world")
-    if world == "shapes" and teacher.family == "sd":
+    if world == "shapes" and teacher.conditions == "prompts":
         conditions: list[Any] = [shapes.scene(i, "test").caption for i in range(PREVIEWS)]
         return conditions, dict(teacher.encode(conditions))
     if world == "fashion":
@@ -370,7 +370,7 @@ def export(cfg: RunConfig, engine: Engine, teacher: Teacher, folder: Path, argv:
             )  # fmt: skip
         export_student(
             student, teacher_pipe=teacher.pipe, family=teacher.family,
-            weights=[net.unet for net in nets], sampler=engine.method.sampler(), info=info,
+            weights=[net.backbone for net in nets], sampler=engine.method.sampler(), info=info,
         )  # fmt: skip
     return student
 
@@ -435,7 +435,8 @@ def sampling_info(sampler: Sampler | TokenSampler) -> tuple[int, dict[str, Any]]
         return len(sampler.starts), asdict(sampler) | {"starts": list(sampler.starts)}
     how = {"times": list(sampler.times), "renoise": sampler.renoise}
     experts = {"experts": list(sampler.experts)} if sampler.experts else {}
-    return len(sampler.times), how | experts
+    eta = {"eta": sampler.eta} if sampler.renoise in ("tcd", "ancestral") else {}
+    return len(sampler.times), how | experts | eta
 
 
 def peak_memory_gib() -> float:

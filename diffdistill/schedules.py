@@ -116,8 +116,8 @@ class RectifiedFlow:
         return 1.0
 
     def grid(self) -> Tensor:
-        u = torch.linspace(0, 1, self.levels, dtype=torch.float64).clamp(self.t_min, self.t_max)
-        return shifted(u, self.shift)
+        u = torch.arange(1, self.levels + 1, dtype=torch.float64) / self.levels
+        return shifted(u, self.shift).clamp(self.t_min, self.t_max)
 
 
 @dataclass(frozen=True)

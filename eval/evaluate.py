@@ -280,11 +280,11 @@ def _look(
     if "right" in needed:
         found["right"] = (net.predict(images) == torch.tensor(conditions)).double().numpy()
     if "correct" in needed:
-        found["correct"] = np.array([float(v.correct) for _, v in _verdicts(rows, images)])
+        found["correct"] = np.array([float(v.correct) for _, v in verdicts(rows, images)])
     return found
 
 
-def _verdicts(rows: range, images: Tensor) -> list[tuple[dict[str, Any], geneval.Verdict]]:
+def verdicts(rows: range, images: Tensor) -> list[tuple[dict[str, Any], geneval.Verdict]]:
     """(record of the scene, verdict) of pictures of test scenes."""
     limit = shapes_detector.THRESHOLD
     records = [shapes.scene(i, "test").record for i in rows]
@@ -301,7 +301,7 @@ def _shown(first: Tensor) -> list[dict[str, Any]]:
             "index": i, "prompt": r["prompt"], "tag": r["tag"], "correct": v.correct,
             "reason": v.reason,
         }
-        for i, (r, v) in enumerate(_verdicts(range(len(first[:SHOWN])), first[:SHOWN]))
+        for i, (r, v) in enumerate(verdicts(range(len(first[:SHOWN])), first[:SHOWN]))
     ]  # fmt: skip
 
 

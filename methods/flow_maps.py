@@ -89,11 +89,7 @@ class FlowMaps(Method):
         super().__init__(cfg, teacher)
         self.flow = flow_map.Flow(Trig.of(teacher, cfg.data_std, 1.0))
         self.jvp = Derivative(cfg)
-        if cfg.student_steps > 1 and hasattr(teacher.net, "unet"):
-            raise ValueError(
-                f"method.student_steps={cfg.student_steps}: the second time of a flow map has no "
-                "place in a pipeline's network. Set method.student_steps=1"
-            )
+        flow_map.refuse_steps(teacher, cfg.student_steps)
 
     @classmethod
     def needs(cls, cfg: Config) -> Needs:
@@ -101,7 +97,7 @@ class FlowMaps(Method):
 
     def roles(self):
         first, std = self.flow.high, self.flow.trig.data_std
-        times = (first, *self.later)
+        times = (first, *flow_map.even(self.cfg.student_steps))
 
         def two_times(teacher: Denoiser) -> Denoiser:
             return teacher.clone(flow_map.TwoTimes(teacher.net, self.schedule, std, times))
@@ -111,15 +107,10 @@ class FlowMaps(Method):
     def updates(self):
         return (Update("student", ("student",), self.loss),)
 
-    @property
-    def later(self) -> list[float]:
-        """t of the later steps: an even grid."""
-        n = self.cfg.student_steps
-        return [i / n for i in range(n - 1, 0, -1)]
-
     def sampler(self) -> Sampler:
         (first,) = student_times(self.schedule, 1)
-        return Sampler((first, *self.flow.own(self.later)), "ode")
+        later = flow_map.even(self.cfg.student_steps)
+        return Sampler((first, *self.flow.own(later)), "ode")
 
     def u(self, z, t, r, cond):
         return self.flow.velocity(self.student, z, t, {**cond, "r": r})

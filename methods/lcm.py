@@ -21,9 +21,10 @@ import torch
 
 from diffdistill.denoiser import guided
 from diffdistill.method import Batch, Method, MethodConfig, Needs, Sampler, Update
+from diffdistill.parts import segments
 from diffdistill.parts.ode import ddim_step
 from diffdistill.registry import register_method
-from diffdistill.schedules import add_noise, bcast, grid_index, student_times
+from diffdistill.schedules import add_noise, bcast, grid_index
 
 
 @dataclass
@@ -56,13 +57,13 @@ class LCM(Method):
 
     def sampler(self) -> Sampler:
         """Every solver_steps / student_steps-th time of the solver's grid, from the noisy end."""
-        grid, n = student_times(self.schedule, self.cfg.solver_steps), self.cfg.student_steps
-        return Sampler(tuple(grid[i * len(grid) // n] for i in range(n)))
+        grid = segments.solver_grid(self.schedule, self.cfg.solver_steps, torch.empty(0))
+        points = segments.trailing(self.cfg.solver_steps, self.cfg.student_steps)
+        return Sampler(tuple(grid[points].tolist()))
 
     def loss(self, batch: Batch):
         x, cond = batch.x, batch.cond
-        times = student_times(self.schedule, self.cfg.solver_steps)
-        grid = x.new_tensor([self.schedule.grid()[0], *reversed(times)], dtype=torch.float64)
+        grid = segments.solver_grid(self.schedule, self.cfg.solver_steps, x)
         index = torch.randint(1, len(grid), (len(x),), device=x.device)
         t, s = grid[index], grid[index - 1]
         z = add_noise(self.schedule, x, torch.randn_like(x), t)

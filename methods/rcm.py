@@ -98,14 +98,11 @@ class RCM(Method):
         return few_steps(self.trig, self.cfg)
 
     def consistency_loss(self, batch: Batch):
-        c, trig, cond = self.cfg, self.trig, batch.cond
-        x0 = trig.data(batch.x)
-        t = trig.draw(x0, c.p_mean, c.p_std)
-        x = mix(x0, trig.noise(x0), t)
-        with torch.no_grad():
-            velocity = trig.velocity(self.guided, x, t, cond)
-        r = warm(batch.step, c.tangent_warmup)
-        residual, size = self.consistency(self.student, cond, x, t, velocity, r)
+        c, x0 = self.cfg, self.trig.data(batch.x)
+        t, r = self.trig.draw(x0, c.p_mean, c.p_std), warm(batch.step, c.tangent_warmup)
+        residual, size = self.consistency.from_teacher(
+            self.student, self.guided, x0, t, batch.cond, r
+        )
         return {"consistency": residual.square().flatten(1).sum(1).mean(), "_tangent": size.mean()}
 
     def times(self, like):

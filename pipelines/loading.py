@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import (
+    DiffusionPipeline,
+    SanaPipeline,
+    SanaSprintPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+)
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,23 +28,81 @@ from diffdistill.pipelines.scheduler import HeunEDMScheduler, untrained_steps
 
 INFO = "diffdistill.json"
 FAMILIES = {
-    "StableDiffusionPipeline": "sd", "EDMPipeline": "edm", "AutoregressivePipeline": "tokens",
+    "StableDiffusionPipeline": "sd", "StableDiffusion3Pipeline": "sd3", "SanaPipeline": "sana",
+    "SanaSprintPipeline": "sana", "EDMPipeline": "edm", "AutoregressivePipeline": "tokens",
     "AutoregressiveFewStepPipeline": "tokens",
 }  # fmt: skip
-STOCK = {"sd": (50, 7.5), "edm": (18, 1.0)}  # steps, guidance of a folder without diffdistill.json
+LABELLED = ("edm", "tokens")  # families that are driven by class labels; the others by prompts
+# steps and guidance of a folder without diffdistill.json
+STOCK = {"sd": (50, 7.5), "sd3": (28, 7.0), "sana": (20, 4.5), "edm": (18, 1.0)}
 
 
-class StudentStableDiffusionPipeline(StableDiffusionPipeline):
-    """A student whose `pipe(prompt)` is the distilled sampler. Made by `load_student`."""
+class AsTrained:
+    """`pipe(prompt)` is the distilled sampler. Students made by `load_student` inherit this."""
 
     student: dict[str, Any]
 
+    def __call__(self, prompt=None, **kwargs):
+        """As the stock pipeline; what it is told besides the prompt defaults as trained."""
+        return super().__call__(prompt, **as_trained(self.student, kwargs))  # type: ignore[misc]
+
+
+class SeededStableDiffusion3Pipeline(StableDiffusion3Pipeline):
+    """The scheduler's noise comes from the call's generator, too; stock gives it to the start only.
+
+    So an image of a stochastic student does not depend on its batch.
+    """
+
     def __call__(self, prompt=None, **kwargs):  # type: ignore[override]
-        """As StableDiffusionPipeline; num_inference_steps and guidance_scale default as trained."""
-        check_steps(self.student, kwargs.get("num_inference_steps"))
-        kwargs["num_inference_steps"] = self.student["steps"]
-        kwargs.setdefault("guidance_scale", self.student["guidance"])
-        return super().__call__(prompt, **kwargs)
+        """As StableDiffusion3Pipeline."""
+        step = self.scheduler.step
+        self.scheduler.step = functools.partial(step, generator=kwargs.get("generator"))
+        try:
+            return super().__call__(prompt, **kwargs)
+        finally:
+            del self.scheduler.step
+
+
+class StudentStableDiffusionPipeline(AsTrained, StableDiffusionPipeline):
+    """A student of the family sd."""
+
+
+class StudentStableDiffusion3Pipeline(AsTrained, SeededStableDiffusion3Pipeline):
+    """A student of the family sd3."""
+
+
+class StudentSanaPipeline(AsTrained, SanaPipeline):
+    """A student of the family sana that takes flow steps."""
+
+
+class StudentSanaSprintPipeline(AsTrained, SanaSprintPipeline):
+    """A student of the family sana that takes TrigFlow steps."""
+
+
+CLASSES = {
+    "StableDiffusionPipeline": (StableDiffusionPipeline, StudentStableDiffusionPipeline),
+    "StableDiffusion3Pipeline": (SeededStableDiffusion3Pipeline, StudentStableDiffusion3Pipeline),
+    "SanaPipeline": (SanaPipeline, StudentSanaPipeline),
+    "SanaSprintPipeline": (SanaSprintPipeline, StudentSanaSprintPipeline),
+    "EDMPipeline": (EDMPipeline, EDMPipeline),
+    "AutoregressivePipeline": (AutoregressivePipeline, AutoregressivePipeline),
+    "AutoregressiveFewStepPipeline": (AutoregressiveFewStepPipeline,) * 2,
+}  # class in the folder -> as anything, as a student
+
+
+def as_trained(info: dict[str, Any], call: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call with a student's defaults. ValueError: another number of steps."""
+    check_steps(info, call.get("num_inference_steps"))
+    defaults = {"guidance_scale": info["guidance"]} | info.get("call", {})
+    return defaults | call | {"num_inference_steps": info["steps"]}
+
+
+def size_arguments(pipe: SanaPipeline | SanaSprintPipeline) -> dict[str, Any]:
+    """What Sana's pipelines must be told to draw images of their network's size, if not 1024 px."""
+    size = pipe.transformer.config.sample_size
+    if (side := size * pipe.vae_scale_factor) == 1024:
+        return {}
+    return {"height": side, "width": side, "use_resolution_binning": size in (16, 32, 64, 128)}
 
 
 class Generator:
@@ -45,6 +110,7 @@ class Generator:
 
     def __init__(self, pipe: DiffusionPipeline, info: dict[str, Any]):
         self.pipe, self.info = pipe, info
+        self.call = info.get("call") or (size_arguments(pipe) if info["family"] == "sana" else {})
         pipe.set_progress_bar_config(disable=True)
 
     def sample(
@@ -59,7 +125,7 @@ class Generator:
         """uint8 [N, C, H, W]. Image i is a function of (conditions[i], seeds[i]) alone.
 
         Args:
-            conditions: prompts (family sd) or labels (families edm and tokens).
+            conditions: prompts, or labels (families edm and tokens).
             steps, guidance: None: those of `info`. A student accepts its own steps only.
         """
         self._check(conditions, seeds)
@@ -74,6 +140,7 @@ class Generator:
                 guidance_scale=guidance,
                 generator=[torch.Generator().manual_seed(int(s)) for s in seeds[rows]],
                 output_type="pt",
+                **self.call,
             ).images
             parts.append((255 * images.float() + 0.5).clamp(0, 255).to(torch.uint8).cpu())
         return torch.cat(parts)
@@ -84,9 +151,11 @@ class Generator:
         tokens = self.info["family"] == "tokens"
         if tokens or isinstance(self.pipe.scheduler, HeunEDMScheduler):
             return self.pipe.passes(steps, guidance)
-        self.pipe.scheduler.set_timesteps(steps)
-        twice = guidance > 1 if self.info["family"] == "sd" else guidance not in (0, 1)
-        return len(self.pipe.scheduler.timesteps) * (2 if twice else 1)
+        twice = guidance not in (0, 1) if self.info["family"] == "edm" else guidance > 1
+        if self.info["kind"] != "student":
+            self.pipe.scheduler.set_timesteps(steps)
+            steps = len(self.pipe.scheduler.timesteps)
+        return steps * (2 if twice else 1)
 
     def _call(self, steps: int | None, guidance: float | None) -> tuple[int, float]:
         if self.info["kind"] == "student":
@@ -100,7 +169,8 @@ class Generator:
             raise ValueError(
                 f"{len(conditions)} conditions, {len(seeds)} seeds. Give one seed each."
             )
-        wanted, name = (str, "prompts") if self.info["family"] == "sd" else (int, "labels")
+        labelled = self.info["family"] in LABELLED
+        wanted, name = (int, "labels") if labelled else (str, "prompts")
         if odd := [c for c in conditions if not isinstance(c, wanted)]:
             raise ValueError(f"{self.info['name']} is driven by {name}, but was given {odd[0]!r}.")
 
@@ -112,20 +182,18 @@ def load_pipeline(name_or_folder: str | Path, *, device: str | torch.device = "c
     """
     folder = _folder(name_or_folder)
     info = read_info(folder)
-    return Generator(_load(_class(info), folder).to(device), info)
+    return Generator(_load(folder, 0).to(device), info)
 
 
 def load_student(
     folder: str | Path, *, device: str | torch.device = "cpu"
-) -> StudentStableDiffusionPipeline | EDMPipeline | AutoregressiveFewStepPipeline:
+) -> AsTrained | EDMPipeline | AutoregressiveFewStepPipeline:
     """The student as a diffusers pipeline: `pipe(prompt)` or `pipe(label)` needs nothing more."""
     path = _folder(folder)
     info = read_info(path)
     if info["kind"] != "student":
         raise ValueError(f"{path} is a {info['kind']}, not a student. Use load_pipeline for it.")
-    if info["family"] != "sd":
-        return _load(_class(info), path).to(device)
-    pipe = _load(StudentStableDiffusionPipeline, path).to(device)
+    pipe = _load(path, 1).to(device)
     pipe.student = info
     return pipe
 
@@ -161,14 +229,6 @@ def _token_defaults(folder: Path) -> tuple[int, float]:
     return len(vq["scales"]) if vq["scales"] else side**2, index["guidance"]
 
 
-def _class(info: dict[str, Any]) -> type[DiffusionPipeline]:
-    """The pipeline class of a folder."""
-    if info["family"] == "tokens":
-        student = info["kind"] == "student"
-        return AutoregressiveFewStepPipeline if student else AutoregressivePipeline
-    return StableDiffusionPipeline if info["family"] == "sd" else EDMPipeline
-
-
 def check_steps(info: dict[str, Any], steps: int | None) -> None:
     """A student refuses a step count that it was not trained for."""
     if steps not in (None, info["steps"]):
@@ -190,7 +250,8 @@ def _folder(name: str | Path) -> Path:
     )
 
 
-def _load(cls: type[DiffusionPipeline], folder: Path):
-    pipe = cls.from_pretrained(str(folder), local_files_only=True)
+def _load(folder: Path, which: int):
+    kind = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    pipe = CLASSES[kind][which].from_pretrained(str(folder), local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from diffdistill.denoiser import Denoiser
 from diffdistill.method import Sampler
+from diffdistill.parts.rollout import finish
 from diffdistill.parts.rollout import renoise as renoise_step
-from diffdistill.schedules import DDPM, EDM, karras
+from diffdistill.schedules import DDPM, EDM, RectifiedFlow, karras
 from diffdistill.schedules import times as times_like
 
-PREDICTIONS = {"sample": "x0", "epsilon": "eps", "v_prediction": "v"}
+PREDICTIONS = {"sample": "x0", "epsilon": "eps", "v_prediction": "v", "flow_prediction": "flow"}
+SCALE = {"edm": 1, "ddpm": 1, "flow": 1000}  # of the times that pipelines hand to the network
 
 
 @dataclass
@@ -32,11 +34,13 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
     """The sampler a student was trained with; it knows no other.
 
     Args:
-        times: the network is called at these times, noisiest first: sigmas ("edm") or indices of
-            the beta table ("ddpm").
-        renoise: "fresh" noise between steps (LCM, DMD2), or the implied one kept ("ode": DDIM).
-        prediction_type: what `step` is given: the x0 estimate ("sample"), epsilon, v_prediction.
+        times: the network is called at these times, noisiest first: sigmas ("edm"), indices of
+            the beta table ("ddpm") or times in (0, 1] ("flow"; pipelines see them times 1000).
+        renoise: as in `diffdistill.method.Sampler`.
+        prediction_type: what `step` is given: the x0 estimate ("sample"), epsilon, v_prediction,
+            flow_prediction.
         betas: the teacher's table, for "ddpm".
+        eta: of renoise "tcd" and "ancestral".
     """
 
     order = 1
@@ -49,20 +53,21 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         renoise: str = "fresh",
         prediction_type: str = "sample",
         betas: list[float] | None = None,
+        eta: float = 1.0,
     ):
         for name, value, allowed in (
-            ("kind", kind, ("edm", "ddpm")),
-            ("renoise", renoise, ("fresh", "ode")),
+            ("kind", kind, tuple(SCALE)),
+            ("renoise", renoise, ("fresh", "ode", "tcd", "ancestral")),
             ("prediction_type", prediction_type, tuple(PREDICTIONS)),
         ):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}. Allowed: {', '.join(allowed)}")
         if (kind == "ddpm") != (betas is not None):
-            raise ValueError("betas is the teacher's noise table: give it for ddpm, not for edm")
+            raise ValueError("betas is the teacher's noise table: give it for ddpm only")
         if list(times) != sorted(set(times), reverse=True) or not times:
             raise ValueError(f"times must be one or more numbers, falling; given {list(times)}")
-        self.sampler = Sampler(tuple(float(t) for t in times), renoise)  # type: ignore[arg-type]
-        schedule = EDM()
+        self.sampler = Sampler(tuple(float(t) for t in times), renoise, eta=eta)  # type: ignore[arg-type]
+        schedule = RectifiedFlow() if kind == "flow" else EDM()
         if betas is not None:
             schedule = DDPM(torch.cumprod(1 - torch.tensor(betas, dtype=torch.float32), 0))
         self._denoiser = Denoiser(torch.nn.Identity(), schedule, PREDICTIONS[prediction_type])  # type: ignore[arg-type]
@@ -79,7 +84,8 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         """Only the trained number of steps is accepted (None: that one)."""
         if num_inference_steps not in (None, self.steps):
             raise ValueError(untrained_steps(num_inference_steps, self.steps))
-        self.timesteps = torch.tensor(self.sampler.times, dtype=torch.float64, device=device)
+        seen = [SCALE[self.config.kind] * t for t in self.sampler.times]
+        self.timesteps = torch.tensor(seen, dtype=torch.float64, device=device)
 
     def scale_model_input(self, sample: Tensor, timestep: object = None) -> Tensor:
         return sample
@@ -92,24 +98,23 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> FewStepOutput | tuple[Tensor, Tensor]:
-        """The next network input; after the last step the x0 estimate itself."""
-        times = self.sampler.times
-        if float(timestep) not in times:
-            raise ValueError(
-                f"this student was not trained at time {float(timestep)}; {times} only"
-            )
-        index = times.index(float(timestep))
+        """The next network input; after the last step the sample."""
+        times, seen = self.sampler.times, self.timesteps.tolist()
+        if float(timestep) not in seen:
+            raise ValueError(f"this student was not trained at time {float(timestep)}; {seen} only")
+        index = seen.index(float(timestep))
         t = times[index]
         x0 = self._denoiser.to_x0(model_output.float(), sample.float(), times_like(t, sample))
-        after = x0
+        schedule = self._denoiser.schedule
         if index + 1 < len(times):
             eps = sample  # not used by "ode"
-            if self.sampler.renoise == "fresh":
+            if self.sampler.renoise != "ode":
                 eps = randn_tensor(
                     sample.shape, generator=generator, device=sample.device, dtype=sample.dtype
                 )
-            schedule = self._denoiser.schedule
             after = renoise_step(schedule, x0, sample, t, times[index + 1], self.sampler, eps)
+        else:
+            after = finish(schedule, x0, sample, t, self.sampler)
         after, x0 = after.to(sample.dtype), x0.to(sample.dtype)
         return FewStepOutput(prev_sample=after, denoised=x0) if return_dict else (after, x0)
 

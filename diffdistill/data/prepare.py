@@ -99,8 +99,8 @@ def source(cfg: DataConfig, teacher: Teacher) -> Source:
         tokens = teacher.family == "tokens"
         channels = teacher.pipe.tokenizer.config.channels if tokens else teacher.denoiser.shape[0]
         pixels = images.read_all(files, size, grey=channels == 1)
-        captions = images.captions(files) if teacher.family == "sd" else images.labels(files)
-        return Source(f"folder-{_hash([str(f) for f in files])}", captions, lambda: pixels)
+        read = images.captions if teacher.conditions == "prompts" else images.labels
+        return Source(f"folder-{_hash([str(f) for f in files])}", read(files), lambda: pixels)
     return Source(f"none-{cfg.size}", [None] * cfg.size, None)
 
 
@@ -121,7 +121,7 @@ def stream(
             "data.folder=DIR, or switch off what needs images (method.gan=0)."
         )
     folder = cache_dir() / f"{raw.key}-{_teacher_key(teacher)}"
-    lookups = _conditions(raw, teacher)
+    lookups = conditions(raw.conditions, teacher)
     x = None
     if needs.images:
         x = _cached(folder / "x.safetensors", lambda: teacher.to_x(raw.images()))
@@ -217,11 +217,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("DIFFDISTILL_CACHE", "~/.cache/diffdistill")).expanduser()
 
 
-def _conditions(raw: Source, teacher: Teacher) -> dict[str, Lookup]:
-    """Each distinct condition is encoded once."""
-    distinct = sorted(set(raw.conditions), key=str)
+def conditions(raw: Sequence[Any], teacher: Teacher) -> dict[str, Lookup]:
+    """Lookups of the encoded conditions by row; each distinct condition is encoded once."""
+    distinct = sorted(set(raw), key=str)
     number = {c: i for i, c in enumerate(distinct)}
-    index = torch.tensor([number[c] for c in raw.conditions])
+    index = torch.tensor([number[c] for c in raw])
     table = teacher.encode(distinct)
     return {k: (lambda i, v=v: v[index[i]]) for k, v in table.items()}
 
@@ -237,8 +237,7 @@ def _image_size(teacher: Teacher) -> int:
     if teacher.family == "tokens":
         return teacher.pipe.tokenizer.config.size
     size = teacher.denoiser.shape[-1]
-    scale = getattr(teacher.pipe, "vae_scale_factor", 1) if teacher.family == "sd" else 1
-    return size * scale
+    return size * getattr(teacher.pipe, "vae_scale_factor", 1)
 
 
 def _teacher_key(teacher: Teacher) -> str:

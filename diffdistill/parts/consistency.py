@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from diffdistill.denoiser import Cond
 from diffdistill.method import Sampler
 from diffdistill.parts.jvp import Derivative, DerivativeConfig
-from diffdistill.parts.trig import Denoise, Trig
+from diffdistill.parts.trig import Denoise, Trig, mix
 from diffdistill.schedules import bcast, student_times
 
 Field = Callable[[Tensor, Tensor], Tensor]  # F of (x_t [B, ...], t [B])
@@ -85,6 +85,15 @@ class Consistency:
     ) -> tuple[Tensor, Tensor]:
         """`residual` of the network F of a student."""
         return self.residual(lambda x, t: self.trig.network(denoise, x, t, cond), x, t, velocity, r)
+
+    def from_teacher(
+        self, denoise: Denoise, teacher: Denoise, x0: Tensor, t: Tensor, cond: Cond, r: float
+    ) -> tuple[Tensor, Tensor]:
+        """`residual` at noised data x_t, along the teacher's ODE."""
+        x = mix(x0, self.trig.noise(x0), t)
+        with torch.no_grad():
+            velocity = self.trig.velocity(teacher, x, t, cond)
+        return self(denoise, cond, x, t, velocity, r)
 
     def residual(
         self, field: Field, x: Tensor, t: Tensor, velocity: Tensor, r: float

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from diffdistill.denoiser import Cond
+from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.parts.trig import Denoise, Trig
 from diffdistill.schedules import Schedule, bcast
 
@@ -100,6 +100,20 @@ def adaptive(residual: Tensor, power: float, c: float) -> Tensor:
 # ---- the second time --------------------------------------------------------------------
 
 
+def even(steps: int) -> list[float]:
+    """t of the later steps of a student: an even grid."""
+    return [i / steps for i in range(steps - 1, 0, -1)]
+
+
+def refuse_steps(teacher: Denoiser, steps: int) -> None:
+    """Only one jump folds into a pipeline's network. ValueError for more."""
+    if steps > 1 and hasattr(teacher.net, "backbone"):
+        raise ValueError(
+            f"method.student_steps={steps}: the second time of a flow map has no place in a "
+            "pipeline's network. Set method.student_steps=1"
+        )
+
+
 class TwoTimes(nn.Module):
     """A copy of a teacher's network that also hears the time r it jumps to.
 
@@ -108,17 +122,23 @@ class TwoTimes(nn.Module):
     of `times`, or 0.
 
     Args:
-        net: called as net(z, tau, **cond); has a sub-module `time_embedding` that ends in a linear
-            layer, as diffusers' UNets have.
+        net: called as net(z, tau, **cond); has one sub-module of a name in `EMBEDDINGS` that ends
+            in a linear layer, as diffusers' UNets and transformers have.
         times: t of the sampler's steps, falling.
+        look: without r, it lies this share of the way from the next step back to t.
     """
 
     WAVES = 16
+    EMBEDDINGS = ("time_embedding", "timestep_embedder")
 
-    def __init__(self, net: nn.Module, schedule: Schedule, data_std: float, times: Sequence[float]):
+    def __init__(
+        self, net: nn.Module, schedule: Schedule, data_std: float, times: Sequence[float],
+        look: float = 0.0,
+    ):  # fmt: skip
         super().__init__()
         self.net = copy.deepcopy(net)
         self.schedule, self.data_std, self.times = schedule, data_std, tuple(times)
+        self.look = look
         width = self._linear(self._embedding()).out_features
         self.second = nn.Sequential(
             nn.Linear(2 * self.WAVES, width), nn.SiLU(), nn.Linear(width, width)
@@ -128,7 +148,10 @@ class TwoTimes(nn.Module):
 
     def forward(self, z: Tensor, tau: Tensor, r: Tensor | None = None, **cond: Tensor) -> Tensor:
         t = flow_time(self.schedule, self.data_std, tau)
-        shift = self.shift(t - (self.following(t) if r is None else r))
+        return self.shifted(self.shift(t - (self.following(t) if r is None else r)), z, tau, cond)
+
+    def shifted(self, shift: Tensor, z: Tensor, tau: Tensor, cond: Cond) -> Tensor:
+        """The network's output with `shift` [B, width] added to its time embedding."""
         handle = self._embedding().register_forward_hook(
             lambda m, i, out: out + shift.to(out.dtype)
         )
@@ -145,28 +168,29 @@ class TwoTimes(nn.Module):
         return self.second(features.to(self.second[-1].weight.dtype))
 
     def following(self, t: Tensor) -> Tensor:
-        """The largest of `times` below t, else 0."""
+        """The largest of `times` below t, else 0; `look` of the way back to t."""
         times = torch.tensor([*self.times[1:], 0.0], dtype=t.dtype, device=t.device)
         lower = times < t[:, None] - 1e-6
-        return (times * lower).amax(1)
+        return torch.lerp((times * lower).amax(1), t, self.look)
 
     @property
-    def unet(self) -> nn.Module:
-        """The stock UNet of a one-step student: its only jump is a constant in a bias."""
+    def backbone(self) -> nn.Module:
+        """The stock network of a one-step student: its only jump is a constant in a bias."""
         assert len(self.times) == 1, "the network hears different jumps"
         fused = copy.deepcopy(self.net)
-        linear = self._linear(fused.unet.time_embedding)
+        linear = self._linear(self._embedding(fused))
         with torch.no_grad():
             h = torch.tensor(self.times, dtype=torch.float64, device=linear.bias.device)
-            linear.bias += self.shift(h)[0]
-        return fused.unet
+            linear.bias += self.shift(h - self.following(h))[0]
+        return fused.backbone
 
-    def _embedding(self) -> nn.Module:
-        found = [m for n, m in self.net.named_modules() if n.split(".")[-1] == "time_embedding"]
+    def _embedding(self, net: nn.Module | None = None) -> nn.Module:
+        named = (net or self.net).named_modules()
+        found = [m for n, m in named if n.split(".")[-1] in self.EMBEDDINGS]
         if len(found) != 1:
             raise ValueError(
-                f"a flow map needs a network with one sub-module `time_embedding`, this one has "
-                f"{len(found)}. Use a teacher whose network is a UNet of diffusers"
+                f"a second time needs a network with one sub-module {' or '.join(self.EMBEDDINGS)},"
+                f" this one has {len(found)}. Use a UNet of diffusers or an SD3 transformer"
             )
         return found[0]
 

@@ -17,8 +17,8 @@ from diffdistill.denoiser import Cond, Denoiser, Prediction
 from diffdistill.schedules import Schedule, bcast
 
 
-def kernel(schedule: Schedule, t: Tensor, s: float | None) -> tuple[Tensor, Tensor]:
-    """(a, b) of p(z_t | x_s), float64, shape of t."""
+def kernel(schedule: Schedule, t: Tensor, s: float | Tensor | None) -> tuple[Tensor, Tensor]:
+    """(a, b) of p(z_t | x_s), float64, shape of t; s may have one value per sample."""
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     if s is None:
         return alpha, sigma
@@ -27,7 +27,9 @@ def kernel(schedule: Schedule, t: Tensor, s: float | None) -> tuple[Tensor, Tens
     return a, (sigma.square() - (a * sigma_s).square()).clamp_min(1e-8).sqrt()
 
 
-def noise_from(schedule: Schedule, x_s: Tensor, eps: Tensor, t: Tensor, s: float | None) -> Tensor:
+def noise_from(
+    schedule: Schedule, x_s: Tensor, eps: Tensor, t: Tensor, s: float | Tensor | None
+) -> Tensor:
     """z_t = a x_s + b eps."""
     a, b = kernel(schedule, t, s)
     return bcast(a, x_s) * x_s + bcast(b, x_s) * eps
@@ -126,6 +128,6 @@ def interval_times(
     return grid[torch.randint(first, last + 1, (len(like),), device=like.device)]
 
 
-def _at(schedule: Schedule, s: float, t: Tensor) -> tuple[Tensor, Tensor]:
-    level = torch.tensor(s, dtype=torch.float64, device=t.device)
+def _at(schedule: Schedule, s: float | Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    level = torch.as_tensor(s, dtype=torch.float64, device=t.device)
     return schedule.alpha(level), schedule.sigma(level)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from diffdistill.denoiser import Cond, eps_of
 from diffdistill.method import Batch, Sampler
-from diffdistill.schedules import Schedule, add_noise, times
+from diffdistill.parts.interval import noise_from
+from diffdistill.schedules import DDPM, Schedule, add_noise, bcast, times
 
 Denoise = Callable[[Tensor, Tensor, Cond], Tensor]
 Students = Denoise | Sequence[Denoise]  # several: the sampler's `experts` says whose turn it is
@@ -34,10 +35,39 @@ def start_noise(schedule: Schedule, eps: Tensor, t: float) -> Tensor:
 def renoise(
     schedule: Schedule, x0: Tensor, z: Tensor, t: float, s: float, sampler: Sampler, eps: Tensor
 ) -> Tensor:
-    """From the estimate x0 at (z, t) to the next input at time s. `eps` is used if "fresh"."""
+    """From the estimate x0 at (z, t) to the next input at time s. `eps` is unused if "ode"."""
+    if sampler.renoise == "tcd":
+        low = (1 - sampler.eta) * torch.tensor(s)
+        low = max(float(low.floor() if isinstance(schedule, DDPM) else low), schedule.t_min)
+        return noise_from(schedule, _ddim(schedule, x0, z, t, low), eps, times(s, z), low)
+    if sampler.renoise == "ancestral":
+        kept, added = ancestral(schedule, times(t, z), times(s, z), sampler.eta)
+        implied = eps_of(schedule, x0, z, times(t, z))
+        still = bcast(schedule.alpha(times(s, z)), z) * x0 + bcast(kept, z) * implied
+        return still + bcast(added, z) * eps
     if sampler.renoise == "ode":
-        eps = eps_of(schedule, x0, z, times(t, z))
+        return _ddim(schedule, x0, z, t, s)
     return add_noise(schedule, x0, eps, times(s, z))
+
+
+def finish(schedule: Schedule, x0: Tensor, z: Tensor, t: float, sampler: Sampler) -> Tensor:
+    """The sample behind the last estimate x0 at (z, t): itself, but for "tcd"."""
+    return _ddim(schedule, x0, z, t, schedule.t_min) if sampler.renoise == "tcd" else x0
+
+
+def ancestral(schedule: Schedule, t: Tensor, s: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+    """Shares of the implied and of new noise at s < t; their squares add up to sigma_s^2.
+
+    new = eta sigma_s sqrt(1 - (alpha_t sigma_s / (alpha_s sigma_t))^2)
+    """
+    sigma = schedule.sigma(s)
+    ratio = schedule.alpha(t) * sigma / (schedule.alpha(s) * schedule.sigma(t))
+    new = eta * sigma * (1 - ratio.square()).clamp_min(0).sqrt()
+    return (sigma.square() - new.square()).clamp_min(0).sqrt(), new
+
+
+def _ddim(schedule: Schedule, x0: Tensor, z: Tensor, t: float, s: float) -> Tensor:
+    return add_noise(schedule, x0, eps_of(schedule, x0, z, times(t, z)), times(s, z))
 
 
 def sample(
@@ -53,7 +83,7 @@ def sample(
         x0 = expert(denoise, sampler, i)(z, times(t, z), cond)
         if i + 1 < len(sampler.times):
             z = renoise(schedule, x0, z, t, sampler.times[i + 1], sampler, noises[i + 1])
-    return x0
+    return finish(schedule, x0, z, t, sampler)
 
 
 @torch.no_grad()

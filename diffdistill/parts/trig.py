@@ -71,6 +71,13 @@ class Trig:
         tau, rho = self.own(t)
         return self.data(denoise(bcast(rho, x) * x, tau, cond))
 
+    def features(
+        self, denoiser: Denoiser, x: Tensor, t: Tensor, cond: Cond, layers: Sequence[str] = ()
+    ) -> list[Tensor]:
+        """Activations of `denoiser` at (x_t, t), as `Denoiser.tap` gives them."""
+        tau, rho = self.own(t)
+        return denoiser.tap(bcast(rho, x) * x, tau, cond, layers)[1]
+
     def network(self, denoise: Denoise, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """F(x_t, t), of unit variance; may be differentiated in x and t."""
         gap = bcast(t.cos(), x) * x - self.clean(denoise, x, t, cond)

@@ -11,7 +11,11 @@ from torch import Tensor
 
 from diffdistill.denoiser import Denoiser
 
-FILES = (("unet/diffusion_pytorch_model.safetensors", "unet."), ("student.safetensors", ""))
+FILES = (
+    ("unet/diffusion_pytorch_model.safetensors", "unet."),
+    ("transformer/diffusion_pytorch_model.safetensors", "transformer."),
+    ("student.safetensors", ""),
+)
 
 
 def blend(a: Mapping[str, Tensor], b: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
@@ -27,8 +31,8 @@ def read(folder: str) -> dict[str, Tensor]:
     for name, prefix in FILES:
         if (Path(folder) / name).is_file():
             return {prefix + k: v for k, v in load_file(Path(folder) / name).items()}
-    names = " nor ".join(name for name, _ in FILES)
-    raise ValueError(f"{folder} has neither {names}. Give a student's or a pipeline's folder.")
+    names = ", ".join(name for name, _ in FILES)
+    raise ValueError(f"{folder} has none of {names}. Give a student's or a pipeline's folder.")
 
 
 def start_from(

@@ -18,7 +18,10 @@ from diffdistill.tokens import TokenModel
 INFO = "diffdistill.json"
 
 
-SUPPORTED = ("StableDiffusionPipeline", "EDMPipeline", "AutoregressivePipeline")
+SUPPORTED = (
+    "StableDiffusionPipeline", "StableDiffusion3Pipeline", "SanaPipeline", "EDMPipeline",
+    "AutoregressivePipeline",
+)  # fmt: skip
 
 
 def no_adapter(kind: str) -> str:
@@ -33,7 +36,8 @@ class Teacher:
     """A frozen teacher and what surrounds it.
 
     Attributes:
-        family: "sd" (prompts), "edm" and "tokens" (class labels) or "module" (nothing but noise).
+        family: "sd", "sd3", "sana" (prompts), "edm" and "tokens" (class labels) or "module"
+            (nothing but noise).
         denoiser: of an autoregressive teacher ("tokens"), its `TokenModel`.
         encode: prompts or labels -> condition tensors [N, ...].
         to_x: uint8 images [N, C, H, W] -> what the denoiser calls x0; tokens: their vectors.
@@ -53,9 +57,8 @@ class Teacher:
     @property
     def conditions(self) -> str:
         """What its samples are conditioned on, in words."""
-        return {
-            "sd": "prompts", "edm": "class labels", "tokens": "class labels"
-        }.get(self.family, "nothing")  # fmt: skip
+        known = {"sd": "prompts", "sd3": "prompts", "sana": "prompts", "edm": "class labels"}
+        return (known | {"tokens": "class labels"}).get(self.family, "nothing")
 
 
 def load_teacher(source: Any) -> Teacher:
@@ -138,10 +141,40 @@ def _adapt(pipe: Any, info: dict[str, Any]) -> Teacher:
             pipe.scheduler.config.prediction_type,
             sd.encode_prompts(pipe, [""]),
         )
-        denoiser.decode = lambda x: pipe.vae.decode(x / pipe.vae.config.scaling_factor).sample
+        denoiser.decode = lambda x: sd.decode(pipe.vae, x)
         teacher = Teacher(
             info["name"], "sd", denoiser,
             encode=lambda prompts: {"text": sd.encode_prompts(pipe, list(prompts))},
+            to_x=lambda images: sd.encode_images(pipe, images),
+            to_images=lambda x: sd.decode_latents(pipe, x),
+            pipe=pipe, info=info,
+        )  # fmt: skip
+    elif kind == "StableDiffusion3Pipeline":
+        from diffdistill.teachers import sd, sd3
+
+        denoiser = sd3.sd3_denoiser(
+            pipe.transformer, pipe.scheduler.config.shift, sd3.encode_prompts(pipe, [""])
+        )
+        denoiser.decode = lambda x: sd.decode(pipe.vae, x)
+        teacher = Teacher(
+            info["name"], "sd3", denoiser,
+            encode=lambda prompts: sd3.encode_prompts(pipe, list(prompts)),
+            to_x=lambda images: sd.encode_images(pipe, images),
+            to_images=lambda x: sd.decode_latents(pipe, x),
+            pipe=pipe, info=info,
+        )  # fmt: skip
+    elif kind == "SanaPipeline":
+        from diffdistill.teachers import sana, sd
+
+        c = pipe.scheduler.config
+        denoiser = sana.sana_denoiser(
+            pipe.transformer, c.get("flow_shift") or c.get("shift") or 1.0,
+            sana.encode_prompts(pipe, [""], instructed=False),
+        )  # fmt: skip
+        denoiser.decode = lambda x: sd.decode(pipe.vae, x)
+        teacher = Teacher(
+            info["name"], "sana", denoiser,
+            encode=lambda prompts: sana.encode_prompts(pipe, list(prompts)),
             to_x=lambda images: sd.encode_images(pipe, images),
             to_images=lambda x: sd.decode_latents(pipe, x),
             pipe=pipe, info=info,

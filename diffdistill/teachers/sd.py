@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderDC, AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from diffdistill.data.images import to_uint8
@@ -17,6 +17,11 @@ class SDNet(nn.Module):
     def __init__(self, unet: UNet2DConditionModel):
         super().__init__()
         self.unet = unet
+
+    @property
+    def backbone(self) -> nn.Module:
+        """What the pipeline calls."""
+        return self.unet
 
     def forward(self, z: Tensor, t: Tensor, text: Tensor) -> Tensor:
         return self.unet(z, t.float(), encoder_hidden_states=text).sample
@@ -56,19 +61,25 @@ def encode_prompts(pipe: StableDiffusionPipeline, prompts: list[str], batch: int
 def encode_images(pipe: StableDiffusionPipeline, images: Tensor, batch: int = 256) -> Tensor:
     """Posterior means of uint8 [N, 3, H, W], scaled as the UNet expects: float32 latents."""
     vae = pipe.vae
-    parts = [
-        vae.encode(part.to(vae.device).float() / 127.5 - 1).latent_dist.mean
-        for part in images.split(batch)
-    ]
-    return torch.cat(parts) * vae.config.scaling_factor
+    encoded = (vae.encode(p.to(vae.device).float() / 127.5 - 1) for p in images.split(batch))
+    deterministic = isinstance(vae, AutoencoderDC)
+    parts = [e.latent if deterministic else e.latent_dist.mean for e in encoded]
+    return (torch.cat(parts) - shift_of(vae)) * vae.config.scaling_factor
 
 
 @torch.no_grad()
 def decode_latents(pipe: StableDiffusionPipeline, latents: Tensor, batch: int = 256) -> Tensor:
     """Latents -> uint8 [N, 3, H, W]."""
     vae = pipe.vae
-    parts = [
-        vae.decode(part.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
-        for part in latents.split(batch)
-    ]
+    parts = [decode(vae, part.to(vae.device, vae.dtype)) for part in latents.split(batch)]
     return to_uint8(torch.cat(parts))
+
+
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Latents, scaled as the network knows them, -> images in [-1, 1]; differentiable."""
+    return vae.decode(latents / vae.config.scaling_factor + shift_of(vae)).sample
+
+
+def shift_of(vae: AutoencoderKL) -> float:
+    """What SD3 and Flux subtract from latents; Stable Diffusion's autoencoder has none."""
+    return vae.config.get("shift_factor") or 0.0

@@ -25,6 +25,11 @@ class EDMNet(nn.Module):
         self.unet, self.size, self.fold, self.sigma_data = unet, size, fold, sigma_data
         self.pad = (unet.config.sample_size * fold - size) // 2
 
+    @property
+    def backbone(self) -> nn.Module:
+        """What the pipeline calls."""
+        return self.unet
+
     def forward(self, z: Tensor, t: Tensor, label: Tensor) -> Tensor:
         """z [B, C, size, size], t = sigma float64 [B], label int64 [B] -> x0."""
         sigma = t.double()

@@ -260,6 +260,10 @@ class Piped(nn.Module):
         super().__init__()
         self.unet = Timed()
 
+    @property
+    def backbone(self):
+        return self.unet
+
     def forward(self, z, t):
         return self.unet(z, t)
 
@@ -270,12 +274,12 @@ def test_a_one_step_student_is_a_stock_network():
         nn.init.normal_(layer.weight)
     z = torch.randn(5, 1)
     t = torch.ones(5, dtype=torch.float64)
-    torch.testing.assert_close(net.unet(z, t), net(z, t))
+    torch.testing.assert_close(net.backbone(z, t), net(z, t))
     assert not torch.allclose(net.net.unet(z, t), net(z, t))
     teacher = Denoiser(Piped(), RectifiedFlow(), "flow", shape=(1,))
     with pytest.raises(ValueError, match="has no place in a pipeline's network"):
         flow_maps.FlowMaps(flow_maps.Config(student_steps=2), teacher)
-    with pytest.raises(ValueError, match="one sub-module `time_embedding`"):
+    with pytest.raises(ValueError, match="one sub-module time_embedding or timestep_embedder"):
         TwoTimes(nn.Linear(1, 1), EDM(), 1.0, (1.0,))
 
 
