@@ -29,6 +29,10 @@ MORE = {  # what a recipe needs besides, to be small
         "method.pairs=48", "method.solver_steps=2", "method.reflow_steps=6",
         "method.anneal_steps=4",
     ],
+    "gndm_shapes": ["method.group=3"],
+    "gndm_fashion": ["method.group=3"],
+    "crd_shapes": ["method.group=3", "method.student_steps=2"],
+    "crd_fashion": ["method.group=3", "method.student_steps=2"],
 }  # fmt: skip
 
 
