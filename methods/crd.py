@@ -10,8 +10,8 @@ Zhu et al., "Diffusion Reinforcement Learning via Centered Reward Distillation",
                [+ matching |grad_x of dmd|, with a fake score, on the student's own samples]
     snapshots: old <- d_o old + (1 - d_o) theta, sampling <- d_s sampling + (1 - d_s) theta
 
-w = mean |v_theta - v|, w_old alike. r estimates log p_theta / p_old; centring takes off log Z of the
-prompt, and the optimum is p_old exp(A / beta) / Z. The student is the teacher, which then needs no
+w = mean |v_theta - v|, w_old alike. r estimates log p_theta / p_old; centring takes off its log Z,
+and the optimum is p_old exp(A / beta) / Z. The student is the teacher, which then needs no
 guidance, or a few-step student: init=FOLDER renoise=fresh kl=0 matching=1, the distillation that
 goes on in place of the KL term, which would make a few-step student blurred.
 

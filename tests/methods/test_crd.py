@@ -211,9 +211,8 @@ def test_5_the_snapshots_follow_behind_the_last_update_on_a_rollout(reward):
         assert method.sampling.net.mean.item() == theta  # d_s = 0: a copy
         seen.append(method.done)
 
-    engine.updates = tuple(
-        u if u.after is None else replace(u, after=noted) for u in engine.updates
-    )
+    first, last = engine.updates
+    engine.updates = first, replace(last, after=noted)
     for _ in range(3):
         engine.train_step()
     assert seen == [2, 4, 6] and method.student.net.mean.item() != start
@@ -250,6 +249,7 @@ def test_all_networks_see_the_same_noisy_samples_of_the_sampling_snapshot(reward
     method, seen = engine.method, {}
     with torch.no_grad():
         method.sampling.net.mean.fill_(30.0)
+        method.student.net.mean.fill_(0.2)
     for name in ("student", "old", "teacher"):
         note(getattr(method, name), seen.setdefault(name, []))
     batch = engine._micro_batches(0)[0]
