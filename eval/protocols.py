@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class Protocol:
     Attributes:
         conditions: the prompt or label of sample i; its seed is i.
         metrics: in the order in which they are reported.
+        repeats: images of a prompt that its diversity is measured on; 0: as many as all have.
         real: images of a split, uint8; the reference is "train", the floor compares "test" with it.
     """
 
@@ -49,6 +50,16 @@ class Protocol:
     net: Callable[[], Any]
     conditions: Callable[[int], list[Any]]
     real: Callable[[str], Tensor]
+    repeats: int = 0
+
+    def repeated(self, conditions: Sequence[Hashable]) -> list[int]:
+        """Rows of the first `repeats` samples of each condition that has so many; or none."""
+        rows: dict[Hashable, list[int]] = {}
+        for row, condition in enumerate(conditions):
+            rows.setdefault(condition, []).append(row)
+        count = self.repeats or min(map(len, rows.values()))
+        kept = [r for same in rows.values() if len(same) >= count > 1 for r in same[:count]]
+        return sorted(kept)
 
 
 def _shapes_real(split: str) -> Tensor:
@@ -62,17 +73,39 @@ PROTOCOLS = {
         "shapes-v1",
         n=3000,
         teacher="shapes-sd",
-        metrics=("fd", "kd", "precision", "recall", "density", "coverage", "clip", "geneval"),
+        metrics=(
+            "fd",
+            "kd",
+            "precision",
+            "recall",
+            "density",
+            "coverage",
+            "clip",
+            "geneval",
+            "diversity",
+            "vendi_prompt",
+        ),
         labels="captions of test scenes 0..n-1, six tasks in turn",
         net=ShapesClip,
         conditions=lambda n: [shapes.scene(i, "test").caption for i in range(n)],
         real=_shapes_real,
+        repeats=8,
     ),
     "fashion-v1": Protocol(
         "fashion-v1",
         n=5000,
         teacher="fashion-edm",
-        metrics=("fd", "kd", "precision", "recall", "density", "coverage", "accuracy"),
+        metrics=(
+            "fd",
+            "kd",
+            "precision",
+            "recall",
+            "density",
+            "coverage",
+            "accuracy",
+            "diversity",
+            "vendi_prompt",
+        ),
         labels="label i % 10",
         net=FashionClassifier.load,
         conditions=lambda n: [i % 10 for i in range(n)],
