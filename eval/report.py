@@ -33,7 +33,7 @@ NAMES = {
 }  # fmt: skip
 HEADLINES = ("fd", "geneval", "accuracy")
 STEPS = (*HEADLINES, "clip", "recall")  # drawn against network passes
-CURVES = (*HEADLINES, "kd", "clip", "recall", "coverage")  # drawn against images seen
+CURVES = (*HEADLINES, "kd", "clip", "recall", "coverage", "diversity")  # against images seen
 PAIRS = (("clip", "fd"), ("accuracy", "fd"), ("geneval", "fd"), ("recall", "precision"))
 NOT_LOSSES = ("lr", "updates", "skipped")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # nothing is fetched

@@ -87,21 +87,23 @@ def test_2_adaptive_weights_divide_by_the_size_of_the_error():
     assert implicit_reward(error, old, adaptive=False).tolist() == [4 - 5, 1.0]
 
 
-def test_2_an_attached_mean_is_wrong_and_halves_the_pull_on_a_pair():
-    """With the mean of r in the graph, a group's samples share one another's gradient."""
-    r = torch.zeros(2, requires_grad=True)
-    a = torch.tensor([0.9, 0.1])
-    (right,) = torch.autograd.grad(centred_loss(r, a, 2, 1.0), [r])
-    wrong_loss = (r - r.mean() - (a - a.mean())).square().mean()
-    (wrong,) = torch.autograd.grad(wrong_loss, [r])
-    assert right.tolist() == pytest.approx([-0.4, 0.4])
-    with torch.no_grad():
-        ahead = torch.tensor([1.0, 0.0])  # r_1 too high: only it must come down ...
-    (right,) = torch.autograd.grad(
-        centred_loss(ahead.requires_grad_(), torch.tensor([0.5, 0.5]), 2, 1.0), [ahead]
-    )
-    assert right.tolist() == pytest.approx([0.5, -0.5])
-    assert wrong.tolist() == pytest.approx([-0.4, 0.4])
+def test_2_an_attached_centre_is_wrong_where_weights_are_not_uniform():
+    """Uniform ones hide it: the gaps of a group add up to 0."""
+    a = torch.tensor([0.9, 0.1, 0.4], dtype=torch.float64)
+    r = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64, requires_grad=True)
+
+    def gaps(p, r):
+        return (r - (p * r).sum()) - (a - (p * a).sum())
+
+    for temperature in (None, 0.3):
+        scale = 0.0 if temperature is None else 1 / temperature
+        weights = [(sign * scale * a).softmax(0) for sign in (1, -1)]
+        want = sum(2 / 3 * gaps(p, r).detach() for p in weights) / 2
+        (right,) = torch.autograd.grad(centred_loss(r, a, 3, 1.0, temperature=temperature), [r])
+        torch.testing.assert_close(right, want)
+        attached = sum(gaps(p, r).square().mean() for p in weights) / 2
+        (wrong,) = torch.autograd.grad(attached, [r])
+        assert torch.allclose(wrong, right) == (temperature is None)
 
 
 # ---- 3 the normaliser -------------------------------------------------------------------
@@ -389,6 +391,24 @@ def test_a_few_step_student_keeps_its_distillation_and_without_it_is_wrong(rewar
 def test_options_that_contradict_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         method_file.Config(**{"reward": "shapes_clip"} | options).validate()
+
+
+def test_a_resumed_run_has_its_snapshots(reward, tmp_path):
+    """The same mean to the bit, with a sampling snapshot that is no longer a copy."""
+    ends = []
+    for folder in (None, tmp_path):
+        more = dict(steps=6, batch=16, lr=1e-2, sampling_decay=(0, 0.5, 0.0, 0.999))
+        engine = engine_of(reward("up"), folder=folder, checkpoint_every=3, **more)
+        if folder is not None:  # killed after the first checkpoint
+            for _ in range(3):
+                engine.train_step()
+            engine.checkpoints.save(engine)
+            engine = engine_of(reward("up"), folder=folder, checkpoint_every=3, **more)
+        engine.fit()
+        method = engine.method
+        nets = (method.student, method.old, method.sampling)
+        ends.append([p.item() for net in nets for p in net.parameters()])
+    assert ends[0] == ends[1] and len(set(ends[0][::2])) == 3
 
 
 @pytest.mark.parametrize("world", ["shapes", "fashion"])

@@ -317,6 +317,22 @@ def test_a_share_of_zero_leaves_the_matching_alone(reward):
             assert slopes[0] == 0 != slopes[1]
 
 
+def test_a_resumed_run_has_its_running_weights(reward, tmp_path):
+    ends = []
+    more = dict(steps=8, batch=16, lr=1e-2, rewards=(reward("up"),), student_steps=2, fake=0.5)
+    for folder in (None, tmp_path):
+        engine = engine_of(folder=folder, checkpoint_every=4, **more)
+        if folder is not None:  # killed after the first checkpoint
+            for _ in range(4):
+                engine.train_step()
+            engine.checkpoints.save(engine)
+            engine = engine_of(folder=folder, checkpoint_every=4, **more)
+        engine.fit()
+        weight = engine.method.fake_score.balance.weights
+        ends.append([weight.item(), engine.method.student.net.mean.item()])
+    assert ends[0] == ends[1] and ends[0][0] > 0
+
+
 # ---- the reward of the fashion world ----------------------------------------------------
 
 
