@@ -51,7 +51,7 @@ Ramp = tuple[float, float, float, float]  # start, first, slope, last; in studen
 
 @dataclass
 class Config(MethodConfig):
-    reward: str = ""  # a name of `reward.WORLDS`, FILE.py:FUNCTION or package.module:function
+    reward: str = ""  # shapes_clip, shapes_verdict, fashion_class, (FILE.py or module):FUNCTION
     guidance: float = 4.5  # of the teacher in the KL term, u + g (c - u); code
     student_steps: int = 10  # of the rollout, and of the student that comes out; code
     conditioning_time: float | None = None  # of the first step; None: T - 1

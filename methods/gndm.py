@@ -44,7 +44,7 @@ class Config(MethodConfig):
     group: int = 4  # K samples of each prompt; a micro-batch of B holds B / K prompts
     ttur: int = 5  # fake-score updates per student update (per rollout); DMD2
     matching: Literal["gradient", "value"] = "gradient"  # how R_dm acts
-    rewards: tuple[str, ...] = ()  # names of `reward.WORLDS`, FILE.py:FUNCTION, module:function
+    rewards: tuple[str, ...] = ()  # shapes_clip, shapes_verdict, fashion_class, FILE.py:FUNCTION
     reward_share: float = 1.0  # gradient norm of each reward's term over that of the matching
     reuse: int = 1  # student updates on one rollout
     clip: float = 0.2  # of rho, to both sides of 1; PPO
