@@ -325,7 +325,7 @@ def _row(generator: Any, **how: Any) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """python -m diffdistill.eval.protocols [--curve] [PROTOCOL ...]"""
+    """python -m diffdistill.eval.protocols [--rows | --curve] [PROTOCOL ...]"""
     import argparse
 
     parser = argparse.ArgumentParser(
@@ -333,6 +333,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Remake references and teacher rows, or the teacher's curve over guidance.",
     )
     parser.add_argument("protocols", nargs="*", default=[*PROTOCOLS], metavar="PROTOCOL")
+    parser.add_argument("--rows", action="store_true", help="only teacher rows; references stay")
     parser.add_argument("--curve", action="store_true", help="only the curve; it continues")
     default = ",".join(f"{scale:g}" for scale in SCALES)
     parser.add_argument("--guidance", default=default, help=f"of the curve; default: {default}")
@@ -344,6 +345,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in args.protocols:
         if args.curve:
             print(write_curve(name, scales))
+        elif args.rows:
+            print(write_teacher_rows(name))
         else:
             print(write_reference(name), reference(name).floor)
             print(write_teacher_rows(name))

@@ -131,6 +131,15 @@ def test_groups_are_the_registrys_and_cover_the_protocols():
     assert "verdicts" not in few
 
 
+@pytest.mark.parametrize("argv", [["--rows"], []])
+def test_rows_can_be_made_again_while_the_reference_stays(monkeypatch, capsys, argv):
+    made = []
+    for name in ("reference", "teacher_rows"):
+        monkeypatch.setattr(protocols, f"write_{name}", lambda p, name=name: made.append((name, p)))
+    protocols.main([*argv, "shapes-v1"])
+    assert made == [("reference", "shapes-v1")][len(argv) :] + [("teacher_rows", "shapes-v1")]
+
+
 # ---- diversity within a prompt ------------------------------------------------------------
 
 WITHIN = ["diversity", "vendi_prompt"]

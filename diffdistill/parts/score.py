@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.parts.groups import group_mean
 from diffdistill.schedules import Schedule, add_noise, bcast
 
 Denoise = Callable[[Tensor, Tensor, Cond], Tensor]
@@ -52,7 +53,7 @@ def matching_direction(x: Tensor, x0_teacher: Tensor, x0_fake: Tensor, group: in
     dims = tuple(range(1, x.ndim))
     scale = (x - x0_teacher).abs().mean(dims, keepdim=True).clamp_min(1e-6)
     if group > 1:
-        scale = scale.unflatten(0, (-1, group)).mean(1).repeat_interleave(group, 0)
+        scale = group_mean(scale, group)
     return (x0_fake - x0_teacher) / scale
 
 
