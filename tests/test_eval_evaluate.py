@@ -137,7 +137,8 @@ def test_rows_can_be_made_again_while_the_reference_stays(monkeypatch, capsys, a
     for name in ("reference", "teacher_rows"):
         monkeypatch.setattr(protocols, f"write_{name}", lambda p, name=name: made.append((name, p)))
     protocols.main([*argv, "shapes-v1"])
-    assert made == [("reference", "shapes-v1")][len(argv) :] + [("teacher_rows", "shapes-v1")]
+    whole = [("reference", "shapes-v1"), ("teacher_rows", "shapes-v1")]
+    assert made == whole[len(argv) :]
 
 
 # ---- diversity within a prompt ------------------------------------------------------------
