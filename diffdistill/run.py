@@ -30,6 +30,7 @@ from diffdistill.denoiser import Denoiser, Runtime, guided
 from diffdistill.engine import Engine, Every
 from diffdistill.method import Batch, Method, Needs, Sampler, TokenSampler
 from diffdistill.parts import autoregressive, ode
+from diffdistill.parts.lora import lora_copy
 from diffdistill.parts.rollout import sample
 from diffdistill.registry import get_method
 from diffdistill.teachers import Teacher, load_teacher
@@ -169,30 +170,11 @@ def make_roles(
     for name, init in method.roles().items():
         own = None if isinstance(init, str) else init(teacher)
         if lora_rank and name in method.students:
-            roles[name] = with_lora(teacher if own is None else own, lora_rank)
+            base = teacher if own is None else own
+            roles[name] = lora_copy(base, lora_rank, lora_rank, "attention", gaussian=True)
         else:
             roles[name] = teacher.clone() if own is None else own
     return roles
-
-
-def with_lora(teacher: Denoiser, rank: int) -> Denoiser:
-    """A second module tree over the teacher's storage, with a trainable PEFT adapter in it."""
-    import copy
-
-    from peft import LoraConfig, inject_adapter_in_model
-
-    shared = {id(p): p for p in (*teacher.net.parameters(), *teacher.net.buffers())}
-    student = teacher.clone(copy.deepcopy(teacher.net, shared))
-    targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    config = LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights="gaussian"
-    )
-    student.net.requires_grad_(False)
-    inject_adapter_in_model(config, student.net.backbone)
-    student.trainable_names = {n for n, p in student.named_parameters() if p.requires_grad}
-    if not student.trainable_names:
-        raise ValueError(f"student.lora_rank={rank}: the teacher has none of the layers {targets}")
-    return student
 
 
 def check_needs(name: str, needs: Needs, teacher: Teacher) -> None:

@@ -31,6 +31,15 @@ def vendi(features: np.ndarray) -> float:
     return float(np.exp(-(values * np.log(values)).sum()))
 
 
+def vendi_within(features: np.ndarray, groups: Sequence[Hashable]) -> float:
+    """`vendi` of the images of one group, then the mean over groups.
+
+    It grows with the images of a group, so these must be as many in what is compared.
+    """
+    x = np.asarray(features)
+    return float(np.mean([vendi(x[rows]) for rows in _members(groups, len(x))]))
+
+
 def pairwise_cosine(features: np.ndarray, groups: Sequence[Hashable]) -> float:
     """1 - mean cosine of all pairs of one group, then the mean over groups.
 
@@ -116,5 +125,10 @@ def _members(groups: Sequence[Hashable], n: int) -> list[list[int]]:
 
 
 def _unit(features: np.ndarray) -> np.ndarray:
+    """Rows of length 1; features that are zero are alike, and orthogonal to all others."""
     x = np.asarray(features, np.float64)
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
+    length = np.linalg.norm(x, axis=1, keepdims=True)
+    if (length == 0).any():
+        x = np.concatenate([x, length == 0], 1)
+        length = np.where(length == 0, 1.0, length)
+    return x / length

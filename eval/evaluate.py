@@ -78,6 +78,7 @@ def evaluate(
             "Remake it: python -m diffdistill.eval.protocols"
         )
     conditions, info = rules.conditions(n), generator.info
+    groups, within, left_out = _split(rules, groups, conditions, metrics is None)
     if samples is not None:
         asked = [name, conditions, steps, guidance, {**info, "metrics": None}]
         samples = samples / f"{info['name']}-{_digest(generator.pipe, asked)}"
@@ -87,7 +88,7 @@ def evaluate(
         return generator.sample(part, list(rows), steps=steps, guidance=guidance)
 
     def look(rows: range, images: Tensor) -> dict[str, np.ndarray]:
-        return _look(net, groups, rows, conditions[rows.start : rows.stop], images)
+        return _look(net, [*groups, *within], rows, conditions[rows.start : rows.stop], images)
 
     seen = walk(n, draw, look, samples, accelerator)
     if accelerator is not None and not accelerator.is_main_process:
@@ -98,6 +99,10 @@ def evaluate(
     if "geneval" in groups:
         given["tags"] = [shapes.scene(i, "test").record["tag"] for i in range(n)]
     values, extra = registry.measure(groups, given)
+    repeated = rules.repeated(conditions) if within else []
+    prompts = [conditions[i] for i in repeated]
+    some = {"features": seen.arrays["features"][repeated], "groups": prompts} if within else {}
+    values |= registry.measure(within, some)[0]
     if "geneval" in groups:
         extra["verdicts"] = _shown(seen.first)
     k = steps or info["steps"]
@@ -112,7 +117,7 @@ def evaluate(
         "dtype": str(generator.pipe.dtype).removeprefix("torch."),
         "versions": {p: version(p) for p in ("torch", "diffusers", "transformers")},
     }
-    nets = dict.fromkeys(groups, (net.name, net.resize))
+    nets = dict.fromkeys([*groups, *within], (net.name, net.resize))
     nets["geneval"] = f"shapes-detector:{shapes_detector.THRESHOLD}", "none"
     result = {
         "pipeline": info.get("name", ""),
@@ -123,7 +128,12 @@ def evaluate(
         "floor_fd": reference.floor,
         "records": records(groups, values, given, nets, reference.digest, **shared),
         **extra,
+        **({"left_out": left_out} if left_out else {}),
     }
+    if within:
+        each = len(repeated) // len(set(prompts))
+        shared |= {"n": len(repeated), "labels": f"{rules.labels}; the first {each} of each"}
+        result["records"] += records(within, values, some, nets, "", **shared)
     result = plain(result)
     if out is not None:
         if "verdicts" in result:
@@ -140,6 +150,20 @@ def _groups(rules: protocols.Protocol, metrics: list[str] | None) -> list[str]:
     if odd := [g for g in metrics or () if g not in known]:
         raise ValueError(f"{rules.id} has no metric {odd[0]!r}. It has: {', '.join(known)}")
     return known if metrics is None else metrics
+
+
+def _split(
+    rules: protocols.Protocol, asked: list[str], conditions: list[Any], default: bool
+) -> tuple[list[str], list[str], dict[str, str]]:
+    """(metrics of all samples, those that compare samples of a prompt, why some are left out)."""
+    within = [name for name in asked if "groups" in registry.get(name).needs]
+    others = [name for name in asked if name not in within]
+    if not within or rules.repeated(conditions):
+        return others, within, {}
+    why = f"no prompt has {max(rules.repeats, 2)} of the {len(conditions)} samples"
+    if not default:
+        raise ValueError(f"metric {within[0]}: {why}. Give more; {rules.id} has {rules.n}")
+    return others, [], dict.fromkeys(within, why)
 
 
 def records(

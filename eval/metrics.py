@@ -167,6 +167,12 @@ def _diversity(given: Given) -> dict[str, Any]:
     return {"diversity": pairwise_cosine(given["features"], given["groups"])}
 
 
+def _vendi_prompt(given: Given) -> dict[str, Any]:
+    from diffdistill.eval.diversity import vendi_within
+
+    return {"vendi_prompt": vendi_within(given["features"], given["groups"])}
+
+
 def _lpips(given: Given) -> dict[str, Any]:
     from diffdistill.eval.diversity import pairwise
 
@@ -252,6 +258,10 @@ METRICS: dict[str, Metric] = {
     "diversity": Metric(
         ("diversity",), "1 - mean cosine of features within a prompt", "", ("features", "groups"),
         _diversity,
+    ),
+    "vendi-prompt": Metric(
+        ("vendi_prompt",), "effective number of different images of a prompt", "2210.02410",
+        ("features", "groups"), _vendi_prompt,
     ),
     "lpips": Metric(
         ("lpips",), "mean LPIPS between images of a prompt", "1801.03924",

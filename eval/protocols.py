@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class Protocol:
     Attributes:
         conditions: the prompt or label of sample i; its seed is i.
         metrics: in the order in which they are reported.
+        repeats: images of a prompt that its diversity is measured on; 0: as many as all have.
         real: images of a split, uint8; the reference is "train", the floor compares "test" with it.
     """
 
@@ -49,6 +50,16 @@ class Protocol:
     net: Callable[[], Any]
     conditions: Callable[[int], list[Any]]
     real: Callable[[str], Tensor]
+    repeats: int = 0
+
+    def repeated(self, conditions: Sequence[Hashable]) -> list[int]:
+        """Rows of the first `repeats` samples of each condition that has so many; or none."""
+        rows: dict[Hashable, list[int]] = {}
+        for row, condition in enumerate(conditions):
+            rows.setdefault(condition, []).append(row)
+        count = self.repeats or min(map(len, rows.values()))
+        kept = [r for same in rows.values() if len(same) >= count > 1 for r in same[:count]]
+        return sorted(kept)
 
 
 def _shapes_real(split: str) -> Tensor:
@@ -62,17 +73,39 @@ PROTOCOLS = {
         "shapes-v1",
         n=3000,
         teacher="shapes-sd",
-        metrics=("fd", "kd", "precision", "recall", "density", "coverage", "clip", "geneval"),
+        metrics=(
+            "fd",
+            "kd",
+            "precision",
+            "recall",
+            "density",
+            "coverage",
+            "clip",
+            "geneval",
+            "diversity",
+            "vendi_prompt",
+        ),
         labels="captions of test scenes 0..n-1, six tasks in turn",
         net=ShapesClip,
         conditions=lambda n: [shapes.scene(i, "test").caption for i in range(n)],
         real=_shapes_real,
+        repeats=8,
     ),
     "fashion-v1": Protocol(
         "fashion-v1",
         n=5000,
         teacher="fashion-edm",
-        metrics=("fd", "kd", "precision", "recall", "density", "coverage", "accuracy"),
+        metrics=(
+            "fd",
+            "kd",
+            "precision",
+            "recall",
+            "density",
+            "coverage",
+            "accuracy",
+            "diversity",
+            "vendi_prompt",
+        ),
         labels="label i % 10",
         net=FashionClassifier.load,
         conditions=lambda n: [i % 10 for i in range(n)],
@@ -292,7 +325,7 @@ def _row(generator: Any, **how: Any) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """python -m diffdistill.eval.protocols [--curve] [PROTOCOL ...]"""
+    """python -m diffdistill.eval.protocols [--rows | --curve] [PROTOCOL ...]"""
     import argparse
 
     parser = argparse.ArgumentParser(
@@ -300,6 +333,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Remake references and teacher rows, or the teacher's curve over guidance.",
     )
     parser.add_argument("protocols", nargs="*", default=[*PROTOCOLS], metavar="PROTOCOL")
+    parser.add_argument("--rows", action="store_true", help="only teacher rows; references stay")
     parser.add_argument("--curve", action="store_true", help="only the curve; it continues")
     default = ",".join(f"{scale:g}" for scale in SCALES)
     parser.add_argument("--guidance", default=default, help=f"of the curve; default: {default}")
@@ -311,6 +345,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in args.protocols:
         if args.curve:
             print(write_curve(name, scales))
+        elif args.rows:
+            print(write_teacher_rows(name))
         else:
             print(write_reference(name), reference(name).floor)
             print(write_teacher_rows(name))

@@ -29,10 +29,11 @@ LOWER = {name for m in metrics.METRICS.values() if not m.up for name in m.values
 NAMES = {
     "fd": "FD", "kd": "KD", "clip": "CLIP score", "geneval": "GenEval", "precision": "Precision",
     "recall": "Recall", "density": "Density", "coverage": "Coverage", "accuracy": "Class accuracy",
+    "diversity": "Diversity within a prompt", "vendi_prompt": "Vendi per prompt",
 }  # fmt: skip
 HEADLINES = ("fd", "geneval", "accuracy")
 STEPS = (*HEADLINES, "clip", "recall")  # drawn against network passes
-CURVES = (*HEADLINES, "kd", "clip", "recall", "coverage")  # drawn against images seen
+CURVES = (*HEADLINES, "kd", "clip", "recall", "coverage", "diversity")  # against images seen
 PAIRS = (("clip", "fd"), ("accuracy", "fd"), ("geneval", "fd"), ("recall", "precision"))
 NOT_LOSSES = ("lr", "updates", "skipped")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # nothing is fetched
@@ -345,12 +346,11 @@ def _head(runs: Sequence[Run], verdicts: Mapping[str, str]) -> str:
 def tiles(run: Run, worlds: Mapping[str, World]) -> str:
     """The figures one looks for first."""
     cells = []
-    for metric in (*HEADLINES, "recall"):
+    for metric in (*HEADLINES, "recall", "diversity"):
         for r in (r for r in run.records if r["metric"] == metric):
             full = full_teacher(run, r, worlds)
             beside = f"teacher {number(full['value'])} · n {r['n']:,}" if full else f"n {r['n']:,}"
-            title = "Recall (diversity)" if r["metric"] == "recall" else name(r["metric"])
-            cells.append((title, number(r["value"]), beside))
+            cells.append((name(r["metric"]), number(r["value"]), beside))
     used = cost(run)
     if run.records:
         nfe, full = run.records[0]["nfe"], full_teacher(run, run.records[0], worlds)

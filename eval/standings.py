@@ -19,8 +19,9 @@ Row = Mapping[str, Any]
 
 TEACHER = "teacher"  # method of the teacher's own rows
 NAMES = {
-    "fd": "FD", "kd": "KD", "recall": "recall", "coverage": "coverage", "clip": "CLIP score",
-    "geneval": "GenEval", "accuracy": "class accuracy",
+    "fd": "FD", "kd": "KD", "recall": "recall", "coverage": "coverage", "diversity": "diversity",
+    "vendi_prompt": "Vendi per prompt", "clip": "CLIP score", "geneval": "GenEval",
+    "accuracy": "class accuracy",
 }  # fmt: skip
 SAME = ("teacher_weights", "budget")  # of all students in a table
 LEFT_OUT = ("precision", "density")  # of the tables, not of the files
@@ -40,6 +41,11 @@ def packed(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def record(row: Row, metric: str) -> dict[str, Any]:
     """The record of one metric of a row."""
     return {**row, **row["details"][metric], "metric": metric, "value": row["metrics"][metric]}
+
+
+def main_count(row: Row) -> int:
+    """Samples behind its first number; those of diversity within a prompt are fewer."""
+    return record(row, next(iter(row["metrics"])))["n"]
 
 
 def alike(a: Row, b: Row) -> bool:
@@ -108,12 +114,15 @@ def _table(group: Sequence[Row]) -> str:
     shown = {m: NAMES.get(m, m) for row in group for m in row["metrics"] if m not in LEFT_OUT}
     order = sorted(shown, key=lambda m: [*NAMES, m].index(m))
     net = record(first, order[0])["feature_net"]
-    heads = ["entry", "method", "steps", "passes per image", "seeds", *(shown[m] for m in order)]
+    counts = {m: record(row, m)["n"] for row in group for m in order if m in row["metrics"]}
+    few = {m: f" (n = {counts[m]})" for m in order if counts[m] != main_count(first)}
+    named = [shown[m] + few.get(m, "") for m in order]
+    heads = ["entry", "method", "steps", "passes per image", "seeds", *named]
     heads += ["images seen", "training passes", "minutes", "GiB"]
     out = [
         f"Teacher `{first['teacher']}` (weights `{first['teacher_weights']}`), "
         f"{first['budget']:,} network passes of training, protocol `{first['protocol']}`, "
-        f"n = {first['n']}, features `{net}`:",
+        f"n = {main_count(first)}, features `{net}`:",
         "",
         f"| {' | '.join(heads)} |",
         "|" + "---|" * len(heads),
@@ -190,7 +199,7 @@ def plot(rows: Iterable[Row], path: Path) -> None:
     right.set_xticks(ticks, map(str, ticks), minor=False)
     right.minorticks_off()
     title = "{teacher}, {budget:,} network passes of training, {protocol}, n = {n}"
-    figure.suptitle(title.format_map(group[0]))
+    figure.suptitle(title.format_map({**group[0], "n": main_count(group[0])}))
     figure.legend(loc="outside right upper", fontsize=8)
     for axes in (left, right):
         axes.grid(alpha=0.3)

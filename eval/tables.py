@@ -15,7 +15,7 @@ from diffdistill import assets
 from diffdistill.eval import standings
 from diffdistill.eval.protocols import PROTOCOLS, teacher_rows
 
-SHOWN = ("fd", "recall", "coverage", "clip", "geneval", "accuracy")
+SHOWN = ("fd", "recall", "coverage", "diversity", "vendi_prompt", "clip", "geneval", "accuracy")
 
 
 def results() -> str:
@@ -39,18 +39,22 @@ def _table(protocol: str) -> str:
         result = json.loads(file.read_text())
         if result["protocol"] == protocol:
             rows.append((f"`recipe={file.stem}`", result))
-    shown = [m for m in SHOWN if m in PROTOCOLS[protocol].metrics]
+    numbers = [{r["metric"]: r for r in row["records"]} for _, row in rows]
+    shown = [m for m in SHOWN if any(m in values for values in numbers)]
     first = rows[0][1]["records"][0]
+    counts = {m: next(v[m]["n"] for v in numbers if m in v) for m in shown}
+    few = {m: f" (n = {counts[m]})" for m in shown if counts[m] != first["n"]}
     lines = [
         f"Protocol `{protocol}`, n = {first['n']}, features `{first['feature_net']}`, floor FD "
         f"{rows[0][1]['floor_fd']:.2f}:",
         "",
-        "| pipeline | steps | passes | " + " | ".join(standings.NAMES[m] for m in shown) + " |",
+        "| pipeline | steps | passes | "
+        + " | ".join(standings.NAMES[m] + few.get(m, "") for m in shown)
+        + " |",
         "|---|---|---|" + "---|" * len(shown),
     ]
-    for name, row in rows:
-        values = {r["metric"]: r for r in row["records"]}
-        cells = [standings.number(values[m]["value"]) for m in shown]
+    for (name, row), values in zip(rows, numbers, strict=True):
+        cells = [standings.number(values[m]["value"]) if m in values else "" for m in shown]
         nfe = next(iter(values.values()))["nfe"]
         lines.append(f"| {name} | {row['steps']} | {nfe} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

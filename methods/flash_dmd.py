@@ -55,7 +55,7 @@ class Config(MethodConfig):
     crop: int = 0  # side of the random square of y that is decoded, in its pixels; 0: all
     rl_start: int | None = None  # first step of joint RL; None: never
     rl_ratio: int = 5  # RL updates per distillation update of the student; paper
-    reward: str = ""  # shapes_clip, shapes_verdict, FILE.py:FUNCTION or package.module:function
+    reward: str = ""  # shapes_clip, shapes_verdict, fashion_class, (FILE.py or module):FUNCTION
     candidates: int = 4  # K; paper
     normalise: preference.Normalise = "std"  # rewards of the K candidates, before the threshold
     threshold: float = 0.0  # pairs that differ by no more are skipped

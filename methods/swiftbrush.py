@@ -49,7 +49,7 @@ class Config(MethodConfig):
     ttur: int = 1  # fake-score updates per student update; paper
     lora_rank: int = 64  # of the fake score; 0: a full copy of the teacher (lower its lr)
     lora_alpha: float = 108.0  # v2: 128
-    lora_layers: Layers = "qv"  # query and value projections (code), or all layers
+    lora_layers: Layers = "qv"  # query and value projections (code), whole attention, or all layers
     lora_weight: Literal["alpha2", "none"] = "alpha2"  # times the teacher's own; code, papers
     null_every: int = 10  # the fake score sees the null condition in one of so many updates; 0: no
     conditioning_time: float | None = None  # None: T - 1; paper

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffdistill.eval.cmmd import cmmd
-from diffdistill.eval.diversity import LPIPS, pairwise, pairwise_cosine, vendi
+from diffdistill.eval.diversity import LPIPS, pairwise, pairwise_cosine, vendi, vendi_within
 from diffdistill.eval.fid import (
     check_count,
     frechet_distance,
@@ -300,6 +300,21 @@ def test_pairwise_distance_groups_images_by_prompt():
 def test_a_prompt_with_one_image_has_no_diversity():
     with pytest.raises(ValueError, match="prompt 'b' has one image"):
         pairwise_cosine(np.eye(3), ["a", "a", "b"])
+
+
+def test_vendi_within_is_a_mean_over_prompts_and_counts_each():
+    f = np.array([[1.0, 0], [0, 2.0], [3.0, 0], [1.0, 0]])
+    assert vendi_within(f, ["a", "a", "b", "b"]) == pytest.approx((2 + 1) / 2)
+    assert vendi(f[[0, 1, 2, 3]]) != pytest.approx(1.5)  # of all together, which says nothing
+    with pytest.raises(ValueError, match="prompt 'b' has one image"):
+        vendi_within(f[:3], ["a", "a", "b"])
+
+
+def test_features_of_length_zero_are_alike_and_unlike_others():
+    """A dead network gives them, and a student's evaluation must not end there."""
+    f = np.array([[0.0, 0], [0, 0], [0, 0], [2.0, 0]])
+    assert pairwise_cosine(f, ["a", "a", "b", "b"]) == pytest.approx((0 + 1) / 2)
+    assert vendi(f[:3]) == pytest.approx(1) and vendi(f[2:]) == pytest.approx(2)
 
 
 @pytest.fixture(scope="module")

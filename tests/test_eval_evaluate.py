@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,17 @@ import torch
 from diffdistill import assets
 from diffdistill.checkpoint import sha256
 from diffdistill.data import shapes
-from diffdistill.eval import clip, fid, geneval, kid, metrics, prdc, protocols, shapes_detector
+from diffdistill.eval import (
+    clip,
+    diversity,
+    fid,
+    geneval,
+    kid,
+    metrics,
+    prdc,
+    protocols,
+    shapes_detector,
+)
 from diffdistill.eval.evaluate import GROUPS, evaluate
 from diffdistill.eval.features import FashionClassifier, ShapesClip
 
@@ -101,7 +112,11 @@ def test_numbers_are_those_of_the_functions_on_the_same_features():
         "geneval": geneval.overall(geneval.task_scores(verdicts)),
     }
     result = evaluate(Fake(noisy), n=n)
-    assert list(values(result)) == list(want)
+    rows = protocols.get("shapes-v1").repeated([s.caption for s in scenes])
+    captions = [scenes[i].caption for i in rows]
+    want["diversity"] = diversity.pairwise_cosine(features[rows], captions)
+    want["vendi_prompt"] = diversity.vendi_within(features[rows], captions)
+    assert list(values(result)) == list(want) and len(rows) >= 16
     assert values(result) == pytest.approx(want, rel=1e-9)
     assert 0.02 < want["geneval"] < 0.98
     assert result["kd_std"] > 0 and list(result["tasks"]) == list(shapes.TASKS)
@@ -114,6 +129,73 @@ def test_groups_are_the_registrys_and_cover_the_protocols():
     few = evaluate(Fake(real), n=60, metrics=["clip", "prdc"])
     assert list(values(few)) == ["clip", "precision", "recall", "density", "coverage"]
     assert "verdicts" not in few
+
+
+@pytest.mark.parametrize("argv", [["--rows"], []])
+def test_rows_can_be_made_again_while_the_reference_stays(monkeypatch, capsys, argv):
+    made = []
+    for name in ("reference", "teacher_rows"):
+        monkeypatch.setattr(protocols, f"write_{name}", lambda p, name=name: made.append((name, p)))
+    protocols.main([*argv, "shapes-v1"])
+    whole = [("reference", "shapes-v1"), ("teacher_rows", "shapes-v1")]
+    assert made == whole[len(argv) :]
+
+
+# ---- diversity within a prompt ------------------------------------------------------------
+
+WITHIN = ["diversity", "vendi_prompt"]
+
+
+@pytest.mark.parametrize("name", protocols.PROTOCOLS)
+def test_diversity_costs_no_sample_and_compares_as_many_of_each_prompt(name):
+    rules = protocols.get(name)
+    conditions = rules.conditions(rules.n)
+    rows = rules.repeated(conditions)
+    assert rows == sorted(set(rows)) and rows[-1] < rules.n
+    counts = Counter(conditions[i] for i in rows)
+    assert set(counts.values()) == {{"shapes-v1": 8, "fashion-v1": 500}[name]}
+    assert len(counts) == {"shapes-v1": 94, "fashion-v1": 10}[name]
+    one = conditions[rows[0]]
+    same = [i for i, c in enumerate(conditions) if c == one]
+    assert [i for i in rows if conditions[i] == one] == same[: counts[one]]
+    assert tuple(rules.metrics[-2:]) == tuple(WITHIN)
+
+
+def test_a_collapsed_student_has_no_diversity_and_the_other_numbers_stay():
+    """One picture for each caption: every picture is right, and all of a caption are equal."""
+    n = 300
+    captions = [shapes.scene(i, "test").caption for i in range(n)]
+    first = {c: i for i, c in reversed(list(enumerate(captions)))}
+    varied, collapsed = Fake(real), Fake(lambda seeds: real([first[captions[i]] for i in seeds]))
+    names = ["fid", "kid", "prdc", "clip", "diversity", "vendi-prompt"]
+    good, bad = evaluate(varied, n=n, metrics=names), evaluate(collapsed, n=n, metrics=names)
+    assert len(varied.asked) == n == len(collapsed.asked)
+    assert values(bad)["clip"] == pytest.approx(values(good)["clip"], abs=0.01)
+    assert values(bad)["diversity"] == pytest.approx(0, abs=1e-9)
+    assert values(bad)["vendi_prompt"] == pytest.approx(1, abs=1e-9)
+    assert values(good)["diversity"] > 0.02 and 1.1 < values(good)["vendi_prompt"] < 8
+
+    few = Fake(real)
+    without = evaluate(few, n=n, metrics=names[:-2])
+    assert without["records"] == good["records"][:-2] and few.asked == varied.asked  # to the bit
+    count = len(protocols.get("shapes-v1").repeated(captions))
+    for r in good["records"][-2:]:
+        assert (r["n"], r["m"], r["reference"]) == (count, 0, "") and count % 8 == 0
+        assert r["labels"].endswith("; the first 8 of each") and r["protocol"] == "shapes-v1/n=300"
+    alone = evaluate(Fake(real), n=n, metrics=["vendi-prompt"])
+    assert alone["records"] == good["records"][-1:]
+
+
+def test_too_few_samples_of_a_prompt_leave_diversity_out_or_are_refused():
+    result = evaluate(Fake(real), n=60)
+    assert not set(WITHIN) & set(values(result))
+    said = "no prompt has 8 of the 60 samples"
+    assert result["left_out"] == {"diversity": said, "vendi-prompt": said}
+    assert "left_out" not in evaluate(Fake(real), n=60, metrics=["clip"])
+    generator = Fake(real)
+    with pytest.raises(ValueError, match=f"metric diversity: {said}. Give more; shapes-v1 has"):
+        evaluate(generator, n=60, metrics=["clip", "diversity"])
+    assert not generator.asked
 
 
 def test_grey_pictures_score_nothing():

@@ -34,6 +34,10 @@ MORE = {  # what a recipe needs besides, to be small
     "dd1_fashion_2step": ["method.pairs=48", "method.starts=[0,2]"],
     "dd2_fashion": ["method.pairs=48", "method.model_steps=4", "method.ttur=2"],
     "independent_fashion": ["method.pairs=48"],
+    "gndm_shapes": ["method.group=3"],
+    "gndm_fashion": ["method.group=3"],
+    "crd_shapes": ["method.group=3", "method.student_steps=2"],
+    "crd_fashion": ["method.group=3", "method.student_steps=2"],
 }  # fmt: skip
 TINY = ("fashion-ar", "fashion-var")  # teachers that a tiny one stands for
 

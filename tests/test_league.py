@@ -386,8 +386,25 @@ def test_a_new_metric_gets_a_column_beside_rows_that_lack_it():
     new = row("new", 5.0)
     new["metrics"]["diversity"], new["details"]["diversity"] = 0.4, {"m": 0, "reference": ""}
     lines = standings.markdown([row("old", 6.0), new]).splitlines()
-    assert "| FD | CLIP score | diversity |" in lines[2]
-    assert "| 5.00 | 0.050 | 0.400 |" in lines[4] and "| 6.00 | 0.060 |  |" in lines[5]
+    assert "| FD | diversity | CLIP score |" in lines[2]
+    assert "| 5.00 | 0.400 | 0.050 |" in lines[4] and "| 6.00 |  | 0.060 |" in lines[5]
+
+
+def test_diversity_says_how_many_samples_it_compares():
+    shared = {
+        "protocol": "shapes-v1", "resize": "none", "feature_net": "net:1", "m": 0, "reference": "",
+    }  # fmt: skip
+    records = [
+        {"metric": "fd", "value": 9.0, "n": 3000, **shared},
+        {"metric": "diversity", "value": 0.25, "n": 752, **shared},
+    ]
+    new = {k: v for k, v in row("new", 5.0).items() if k not in (*shared, "n")}
+    new |= standings.packed(records)
+    assert standings.main_count(new) == 3000 and "n" not in new
+    table = standings.markdown([new]).splitlines()
+    assert ", n = 3000, features `net:1`:" in table[0]
+    assert "| FD | diversity (n = 752) |" in table[2] and "| 9.00 | 0.250 |" in table[4]
+    assert "(n =" not in standings.markdown([row("old", 5.0)])
 
 
 def test_plot_of_teacher_and_seeds_stays_small(tmp_path):
@@ -399,6 +416,28 @@ def test_plot_of_teacher_and_seeds_stays_small(tmp_path):
 
 
 # ---- README -----------------------------------------------------------------------------
+
+
+def test_result_tables_have_a_column_for_what_some_rows_have(tmp_path, monkeypatch):
+    def result(steps, **numbers):
+        records = [
+            {"metric": m, "value": v, "n": 752 if m == "diversity" else 3000, "nfe": steps,
+             "feature_net": "net:1"}
+            for m, v in numbers.items()
+        ]  # fmt: skip
+        return {"pipeline": "t", "steps": steps, "floor_fd": 0.3, "records": records}
+
+    rows = [result(1, fd=9.0, clip=0.1), result(2, fd=3.0, clip=0.3, diversity=0.25)]
+    monkeypatch.setattr(tables, "teacher_rows", lambda name: rows * (name == "shapes-v1"))
+    monkeypatch.setattr(tables.assets, "path", lambda *parts: tmp_path.joinpath(*parts))
+    lines = tables.results().splitlines()
+    assert lines[2] == "| pipeline | steps | passes | FD | diversity (n = 752) | CLIP score |"
+    assert lines[4:] == [
+        "| teacher `t` | 1 | 1 | 9.00 |  | 0.100 |",
+        "| teacher `t` | 2 | 2 | 3.00 | 0.250 | 0.300 |",
+    ]
+    rows.pop()
+    assert "diversity" not in tables.results()
 
 
 def test_the_readme_block_is_made_from_the_files(tmp_path, monkeypatch):

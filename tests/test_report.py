@@ -230,6 +230,29 @@ def test_unfinished_and_failed_runs_have_a_report(tmp_path, teacher):
     json.loads((path / "report" / "report.json").read_text(), parse_constant=pytest.fail)
 
 
+def test_diversity_stands_beside_the_teachers_with_its_own_count(tmp_path, teacher):
+    def with_diversity(made, value):
+        first = made["records"][0]
+        made["records"] += [
+            first | {"metric": metric, "value": v, "n": 752, "m": 0, "reference": ""}
+            for metric, v in (("diversity", value), ("vendi_prompt", 8 * value))
+        ]
+
+    run = fake_run(tmp_path / "run")
+    file = run / "eval" / "step_001000.json"
+    shipped = teacher / "shapes-v1.json"
+    rows, made = json.loads(shipped.read_text()), json.loads(file.read_text())
+    with_diversity(rows["rows"][0], 0.314)
+    with_diversity(made, 0.271)
+    shipped.write_text(json.dumps(rows))
+    file.write_text(json.dumps(made))
+    text = write_report([run]).read_text()
+    for head in ("Diversity within a prompt ↑<small>n 752", "Vendi per prompt ↑<small>n 752"):
+        assert text.count(head) == 1
+    assert "<td>0.314</td><td>2.51</td>" in text and "<td>0.271</td><td>2.17</td>" in text
+    assert "teacher 0.314 · n 752" in text  # in its tile
+
+
 def test_several_runs_share_one_table(tmp_path, teacher):
     runs = [fake_run(tmp_path / "one"), fake_run(tmp_path / "two", fd=30.0)]
     text = write_report(runs, tmp_path / "both").read_text()

@@ -6,6 +6,35 @@ import torch
 from diffdistill.method import Method, MethodConfig
 from diffdistill.run import make_roles
 from diffdistill.teachers import load_teacher
+from diffdistill.testing import tiny_denoiser
+
+
+def with_rank(teacher, rank):
+    class Mine(Method):
+        pass
+
+    return make_roles(Mine(MethodConfig(), teacher), teacher, lora_rank=rank)["student"]
+
+
+def test_a_students_adapter_is_where_and_as_diffusers_has_it():
+    pytest.importorskip("peft", reason="peft is not installed")
+    torch.manual_seed(0)
+    student = with_rank(load_teacher("shapes-sd").denoiser, 8)
+    (adapter,) = student.net.unet.peft_config.values()  # an export looks here
+    assert (adapter.r, adapter.lora_alpha) == (8, 8)
+    assert adapter.target_modules == {"to_q", "to_k", "to_v", "to_out.0"}
+    named = dict(student.named_parameters())
+    layers = {n.partition(".lora_")[0].rpartition(".attn")[2][2:] for n in student.trainable_names}
+    assert layers == {"to_q", "to_k", "to_v", "to_out.0"}
+    a = torch.cat([named[n].flatten() for n in student.trainable_names if "lora_A" in n])
+    assert a.std().item() == pytest.approx(1 / 8, rel=0.03) and a.abs().max() > 0.4  # a Gaussian's
+    assert all((named[n] == 0).all() for n in student.trainable_names if "lora_B" in n)
+
+
+def test_an_adapter_needs_attention():
+    pytest.importorskip("peft", reason="peft is not installed")
+    with pytest.raises(ValueError, match=r"no layers for LoRA \(attention\).*student.lora_rank=0"):
+        with_rank(tiny_denoiser(), 2)
 
 
 @pytest.mark.parametrize("start", ["teacher", "own"])
@@ -27,7 +56,7 @@ def test_an_adapter_shares_the_storage_of_the_network_that_it_sits_on(start):
     named = dict(student.named_parameters())
     frozen = [p for n, p in named.items() if n not in student.trainable_names]
     adapter = sum(named[n].numel() for n in student.trainable_names)
-    assert all(p.data_ptr() in stored for p in frozen)
+    assert all(p.data_ptr() in stored and not p.requires_grad for p in frozen)
     assert 0 < adapter < 0.05 * sum(p.numel() for p in frozen)
     z, t = torch.randn(2, *teacher.shape), torch.full((2,), 500.0, dtype=torch.float64)
     cond = teacher.null_cond(z)

@@ -1,6 +1,7 @@
-"""Preference learning on the stochastic steps of a few-step student, and its sampler from within.
+"""Reinforcement on the stochastic steps of a few-step student, and its sampler from within.
 
-Chen et al., "Flash-DMD", arXiv 2511.20549. From z_t a student x = G(z_t, t) goes to
+By pairs (Chen et al., "Flash-DMD", arXiv 2511.20549) or by advantages (PPO, arXiv 1707.06347).
+From z_t a student x = G(z_t, t) goes to
 
     z_s = alpha_s x + sigma_s eps,   p(z_s | z_t) = N(alpha_s x, sigma_s^2)
 
@@ -86,8 +87,7 @@ def log_ratio_gap(
     Args:
         per_element: divide by the number of elements of a sample.
     """
-    at = torch.tensor(s, dtype=torch.float64)
-    scale = float(schedule.alpha(at) / schedule.sigma(at).square())
+    _, scale = _step(schedule, s)
     product = (win - lose).detach() * (x0 - x0_reference.detach())
     return scale * (product.flatten(1).mean(1) if per_element else product.flatten(1).sum(1))
 
@@ -95,3 +95,35 @@ def log_ratio_gap(
 def preference_loss(gap: Tensor, beta: float) -> Tensor:
     """-log sigmoid(beta H) per sample [B]."""
     return F.softplus(-beta * gap)
+
+
+def log_ratio(schedule: Schedule, x0: Tensor, x0_old: Tensor, drawn: Tensor, s: float) -> Tensor:
+    """log p / p_old of a draw at time s, over the elements of a sample: [B].
+
+    [|z - a o|^2 - |z - a x|^2] / (2 sigma^2) = a (x - o) . (z - a (x + o) / 2) / sigma^2. At
+    x = o its gradient in x is `transition_score`. Gradients flow into x0 alone.
+    """
+    alpha, scale = _step(schedule, s)
+    old = x0_old.detach()
+    product = (x0 - old) * (drawn.detach() - alpha / 2 * (x0 + old))
+    return scale * product.flatten(1).mean(1)
+
+
+@torch.no_grad()
+def transition_score(schedule: Schedule, x0: Tensor, drawn: Tensor, s: float) -> Tensor:
+    """grad of log p(z_s) in the student's estimate: a (z - a x) / sigma^2, shape of x0."""
+    alpha, scale = _step(schedule, s)
+    return scale * (drawn - alpha * x0)
+
+
+def _step(schedule: Schedule, s: float) -> tuple[float, float]:
+    """alpha, and alpha / sigma^2."""
+    at = torch.tensor(s, dtype=torch.float64)
+    alpha = float(schedule.alpha(at))
+    return alpha, alpha / float(schedule.sigma(at).square())
+
+
+def clipped_gain(advantage: Tensor, log_ratio: Tensor, clip: float) -> Tensor:
+    """min(rho A, clip(rho, 1 - clip, 1 + clip) A) per sample [B], rho = exp(log ratio)."""
+    rho = log_ratio.exp()
+    return torch.minimum(rho * advantage, rho.clamp(1 - clip, 1 + clip) * advantage)

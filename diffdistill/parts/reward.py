@@ -101,7 +101,7 @@ class Reward:
 
 
 def load_reward(name: str) -> Reward:
-    """`shapes_clip`, `shapes_verdict`, or a function by its name.
+    """One of `WORLDS`, or a function by its name.
 
     A function's own attributes `needs` and `differentiable` say what it takes; without them it
     takes pixels and no gradient.
@@ -139,6 +139,15 @@ def rewards_of(
     return reward(x, at, prompts)
 
 
+def rewards_of_samples(
+    reward: Reward, teacher: Denoiser, x: Tensor, cond: Cond, prompts: Sequence[Any]
+) -> Tensor:
+    """Rewards [N] of finished samples."""
+    return rewards_of(
+        reward, lambda z, t, cond: z, teacher, x, teacher.schedule.t_min, cond, prompts
+    )
+
+
 @functools.cache
 def _clip() -> Any:
     from diffdistill.eval.features import ShapesClip
@@ -168,9 +177,32 @@ def shapes_verdict(x: Tensor, t: Tensor, prompts: Sequence[str]) -> Tensor:
     return torch.tensor([geneval.verdict(record_of(p), d, **limit).correct for p, d in found])
 
 
+@functools.cache
+def _classifier() -> Any:
+    from diffdistill.eval.features import FashionClassifier
+
+    return FashionClassifier.load()
+
+
+def fashion_class(x: Tensor, t: Tensor, prompts: Sequence[int]) -> Tensor:
+    """Probability of the class that was asked for, by the classifier of the world `fashion`.
+
+    That network judges protocol fashion-v1, too: look at its numbers with this in mind.
+    """
+    if x.shape[1:] != (1, 28, 28):
+        raise ValueError(
+            "reward fashion_class looks at 28 x 28 grey images of the fashion world, not at "
+            f"{tuple(x.shape[1:])}. Choose another reward"
+        )
+    labels = torch.as_tensor(list(prompts), device=x.device)
+    logits = _classifier().to(x.device)(2 * x - 1)
+    return logits.softmax(1).gather(1, labels[:, None])[:, 0]
+
+
 WORLDS = {
     "shapes_clip": Reward("shapes_clip", shapes_clip, differentiable=True),
     "shapes_verdict": Reward("shapes_verdict", shapes_verdict),
+    "fashion_class": Reward("fashion_class", fashion_class, differentiable=True),
 }
 
 
@@ -178,5 +210,5 @@ def _check_shapes(name: str, x: Tensor) -> None:
     if x.shape[1:] != (3, 32, 32):
         raise ValueError(
             f"reward {name} looks at 32 x 32 RGB images of the shapes world, not at "
-            f"{tuple(x.shape[1:])}. Choose another method.reward"
+            f"{tuple(x.shape[1:])}. Choose another reward"
         )

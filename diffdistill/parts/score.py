@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.parts.groups import group_mean
 from diffdistill.schedules import Schedule, add_noise, bcast
 
 Denoise = Callable[[Tensor, Tensor, Cond], Tensor]
@@ -43,13 +44,16 @@ def dsm(
 
 
 @torch.no_grad()
-def matching_direction(x: Tensor, x0_teacher: Tensor, x0_fake: Tensor) -> Tensor:
+def matching_direction(x: Tensor, x0_teacher: Tensor, x0_fake: Tensor, group: int = 1) -> Tensor:
     """v = (x0_fake - x0_teacher) / mean |x - x0_teacher|, the mean per sample; descend along v.
 
     DMD, Eq. 7 and 8. Eq. 8 has one more factor alpha_t than all released code; we follow the code.
+    With `group`, so many rows that follow each other share the mean of theirs (arXiv 2603.28460).
     """
     dims = tuple(range(1, x.ndim))
     scale = (x - x0_teacher).abs().mean(dims, keepdim=True).clamp_min(1e-6)
+    if group > 1:
+        scale = group_mean(scale, group)
     return (x0_fake - x0_teacher) / scale
 
 
