@@ -120,7 +120,7 @@ def evaluate(
         "steps": k,
         "seconds": round(seen.seconds, 2),
         "images_per_s": round(seen.made / seen.seconds, 2),
-        "floor_fd": reference.floor,
+        "floor_fd": reference.floor if n == rules.n else None,  # it moves with n
         "records": records(groups, values, given, nets, reference.digest, **shared),
         **extra,
     }

@@ -234,9 +234,10 @@ def write_reference(name: str, path: Path | None = None) -> Path:
 
 
 def teacher_rows(name: str) -> list[dict[str, Any]]:
-    """Evaluations of the protocol's teacher at 1, 2, 4 and full steps, as shipped."""
+    """Evaluations of the protocol's teacher at 1, 2, 4 and full steps, with its weights."""
     path = assets.path("reference", f"{name}.json")
-    return json.loads(path.read_text())["rows"] if path.is_file() else []
+    stored = json.loads(path.read_text()) if path.is_file() else {"rows": []}
+    return [row | {"weights": stored["weights"]} for row in stored["rows"]]
 
 
 def write_teacher_rows(name: str) -> Path:

@@ -72,6 +72,7 @@ class Row:
     label: str
     records: list[Record] = field(default_factory=list)
     teacher: str = ""  # its name; "": this is a student
+    weights: dict[str, str] | None = None  # of a teacher: file -> hash
     tasks: dict[str, float] = field(default_factory=dict)
 
 
@@ -154,7 +155,9 @@ def read_run(path: Path) -> Run:
 
 def teacher_rows(protocol: str) -> list[Row]:
     """The shipped scores of the protocol's teachers, fewest passes first; none for others."""
-    rows = [_teacher(made, _steps(made["steps"])) for made in _shipped(protocol).get("rows", [])]
+    stored = _shipped(protocol)
+    made = stored.get("rows", [])
+    rows = [_teacher(row, _steps(row["steps"]), stored["weights"]) for row in made]
     return sorted(rows, key=lambda row: row.records[0]["nfe"])
 
 
@@ -170,7 +173,10 @@ def world(protocol: str) -> World:
     elif stored.get("weights") != teachers.get("weights"):
         found.missing = f"that of {protocol} is of other weights. To make it again: {command}"
     else:
-        rows = [_teacher(r, f"guidance {r['records'][0]['guidance']:g}") for r in stored["rows"]]
+        rows = [
+            _teacher(row, f"guidance {row['records'][0]['guidance']:g}", stored["weights"])
+            for row in stored["rows"]
+        ]
         found.curve = sorted(rows, key=lambda row: row.records[0]["guidance"])
     return found
 
@@ -180,9 +186,9 @@ def _shipped(name: str) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def _teacher(made: Mapping[str, Any], how: str) -> Row:
-    name = made["pipeline"]
-    return Row(f"{name}, {how}", made["records"], teacher=name, tasks=made.get("tasks", {}))
+def _teacher(made: Mapping[str, Any], how: str, weights: dict[str, str]) -> Row:
+    name, tasks = made["pipeline"], made.get("tasks", {})
+    return Row(f"{name}, {how}", made["records"], teacher=name, weights=weights, tasks=tasks)
 
 
 def _read_log(file: Path) -> tuple[list[dict[str, Any]], int]:
@@ -209,11 +215,12 @@ def _step(path: Path) -> int:
 
 def full_teacher(run: Run, record: Record, worlds: Mapping[str, World]) -> Record | None:
     """The comparable number of the run's own teacher with the most network passes."""
+    own = run.info.get("teacher"), run.info.get("teacher_weights")
     found = [
         r
         for row in worlds[record["protocol"]].teachers
         for r in row.records
-        if row.teacher == run.info.get("teacher") and key(r) == key(record)
+        if (row.teacher, row.weights) == own and key(r) == key(record)
     ]
     return max(found, key=lambda r: r["nfe"]) if found else None
 

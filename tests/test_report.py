@@ -127,6 +127,7 @@ def fake_run(path, *, fd=12.3456, geneval=0.853):
         file.write('{"step": 1000, "ima')  # killed while writing
     info = {
         "kind": "student", "name": "shapes-sd-dmd-1step", "method": "dmd", "teacher": "shapes-sd",
+        "teacher_weights": {"unet": "1"},
         "paper": "Improved Distribution Matching Distillation, arXiv 2405.14867", "steps": 1,
         "train": {
             "steps": 1000, "batch_size": 128, "images": 128_000, "seconds": 214.0,
@@ -154,11 +155,15 @@ def test_verdict_compares_with_the_full_teacher(tmp_path, teacher):
     assert picture.width > 800 and np.asarray(picture).std() > 10
 
 
-def test_wrong_teachers_are_not_compared_with(tmp_path, teacher):
+@pytest.mark.parametrize(
+    "change",
+    [{"teacher": "shapes-dit"}, {"teacher_weights": {"unet": "2"}}, {"teacher_weights": None}],
+)
+def test_wrong_teachers_are_not_compared_with(tmp_path, teacher, change):
     """The rows of the protocol's teacher say nothing about a student of another one."""
     path = fake_run(tmp_path / "run")
     file = path / "student" / "diffdistill.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"teacher": "shapes-dit"}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
     said = report.verdict(read_run(path), {"shapes-v1": world("shapes-v1")})
     assert said.count("no comparable number of the teacher") == 2
 
