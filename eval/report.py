@@ -44,6 +44,7 @@ class Run:
     """What a run directory says."""
 
     path: Path
+    name: str  # of the folder; with parents where several runs have one name
     status: str  # finished, failed, unfinished
     failure: str
     info: dict[str, Any]  # student/diffdistill.json
@@ -54,10 +55,6 @@ class Run:
     teacher_grid: Path | None
     config: str
     lock: str
-
-    @property
-    def name(self) -> str:
-        return self.path.name
 
     @property
     def records(self) -> list[Record]:
@@ -74,6 +71,7 @@ class Row:
     teacher: str = ""  # its name; "": this is a student
     weights: dict[str, str] | None = None  # of a teacher: file -> hash
     tasks: dict[str, float] = field(default_factory=dict)
+    kd_std: float | None = None  # over subsets
 
 
 @dataclass
@@ -91,7 +89,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> P
     Args:
         out: folder; None: `report/` of the first run.
     """
-    read = [read_run(Path(r)) for r in runs]
+    read = told_apart([read_run(Path(r)) for r in runs])
     if not read:
         raise ValueError("no run given. Usage: diffdistill report RUN [RUN ...]")
     folder = Path(out) if out is not None else read[0].path / "report"
@@ -140,6 +138,7 @@ def read_run(path: Path) -> Run:
     grids = sorted((path / "samples").glob("teacher*.png"))
     return Run(
         path=path.resolve(),
+        name=path.resolve().name,
         status="failed" if failed.is_file() else status,
         failure=_text(failed),
         info=json.loads(info.read_text()) if info.is_file() else {},
@@ -151,6 +150,17 @@ def read_run(path: Path) -> Run:
         config=_text(path / "config.yaml"),
         lock=_text(path / "config.lock.json"),
     )  # fmt: skip
+
+
+def told_apart(runs: list[Run]) -> list[Run]:
+    """The runs, each once, under the shortest ends of their paths that differ."""
+    runs = list({run.path: run for run in runs}.values())
+    depth, ends = 1, lambda n: ["/".join(run.path.parts[-n:]) for run in runs]
+    while len({*ends(depth)}) < len(runs):
+        depth += 1
+    for run, name in zip(runs, ends(depth), strict=True):
+        run.name = name
+    return runs
 
 
 def teacher_rows(protocol: str) -> list[Row]:
@@ -188,7 +198,8 @@ def _shipped(name: str) -> dict[str, Any]:
 
 def _teacher(made: Mapping[str, Any], how: str, weights: dict[str, str]) -> Row:
     name, tasks = made["pipeline"], made.get("tasks", {})
-    return Row(f"{name}, {how}", made["records"], teacher=name, weights=weights, tasks=tasks)
+    label, std = f"{name}, {how}", made.get("kd_std")
+    return Row(label, made["records"], name, weights, tasks, std)
 
 
 def _read_log(file: Path) -> tuple[list[dict[str, Any]], int]:
@@ -356,8 +367,7 @@ def tiles(run: Run, worlds: Mapping[str, World]) -> str:
         for r in (r for r in run.records if r["metric"] == metric):
             full = full_teacher(run, r, worlds)
             beside = f"teacher {number(full['value'])} · n {r['n']:,}" if full else f"n {r['n']:,}"
-            title = "Recall (diversity)" if r["metric"] == "recall" else name(r["metric"])
-            cells.append((title, number(r["value"]), beside))
+            cells.append((name(r["metric"]), number(r["value"]), beside))
     used = cost(run)
     if run.records:
         nfe, full = run.records[0]["nfe"], full_teacher(run, run.records[0], worlds)
@@ -388,9 +398,7 @@ def comparison(protocol: str, teacher: Sequence[Row], runs: Sequence[Run]) -> st
     for row in rows:
         values = {key(r): r for r in row.records}
         first = row.records[0]
-        cells = "".join(
-            f"<td>{number(values[c]['value']) if c in values else ''}</td>" for c in columns
-        )
+        cells = "".join(f"<td>{_cell(row, values.get(c))}</td>" for c in columns)
         what = "teacher" if row.teacher else "student"
         lines.append(
             f'<tr class="{what}"><th>{esc(row.teacher or row.label)} <i>{what}</i></th>'
@@ -411,13 +419,21 @@ def comparison(protocol: str, teacher: Sequence[Row], runs: Sequence[Run]) -> st
     )
 
 
+def _cell(row: Row, record: Record | None) -> str:
+    if record is None:
+        return ""
+    spread = f" ± {number(row.kd_std)}" if record["metric"] == "kd" and row.kd_std else ""
+    return number(record["value"]) + spread
+
+
 def students(protocol: str, runs: Sequence[Run]) -> list[Row]:
     """The newest evaluation of each run, if it was made under the protocol."""
     rows = []
     for run in runs:
-        tasks = run.evals[max(run.evals)].get("tasks", {}) if run.evals else {}
+        made = run.evals[max(run.evals)] if run.evals else {}
         found = [r for r in run.records if r["protocol"] == protocol]
-        rows += [Row(run.name, found, tasks=tasks)] if found else []
+        extra = {"tasks": made.get("tasks", {}), "kd_std": made.get("kd_std")}
+        rows += [Row(run.name, found, **extra)] if found else []
     return rows
 
 
@@ -690,10 +706,9 @@ def _png(data: bytes) -> str:
 
 def curves(run: Run, worlds: Mapping[str, World]) -> str:
     """Metrics, losses and gradient norms against images seen."""
-    batch = run.info.get("train", {}).get("batch_size")
     charts = []
     for r in run.records:
-        points = metric_points(run, r, batch)
+        points = metric_points(run, r)
         if len(points) > 1 and r["metric"] in CURVES:
             full = full_teacher(run, r, worlds)
             panel = _panel(r, [Line(run.name, points, 0)], [run])
@@ -706,14 +721,15 @@ def curves(run: Run, worlds: Mapping[str, World]) -> str:
             if "/" not in column or not isinstance(value, (int, float)):
                 continue
             group, item = column.split("/", 1)
-            point = (row.get("images", row["step"]), value)
+            point = (row["step"] * (batch_size(run) or 1), value)
             if item == "grad_norm":
                 norms.setdefault(group, []).append(point)
             elif item not in NOT_LOSSES:
                 logged.setdefault(column, []).append(point)
     charts += [(column, Panel("", _lines({column: made}), "")) for column, made in logged.items()]
     charts += [("gradient norm", Panel("", _lines(norms), ""))] if norms else []
-    shown = [chart(title, panel) for title, panel in charts]
+    axis = "images seen" if batch_size(run) else "steps"
+    shown = [chart(title, panel, axis) for title, panel in charts]
     note = ""
     if run.damaged:
         note = f'<p class="dim small">damaged lines of metrics.jsonl, left out: {run.damaged}</p>'
@@ -727,22 +743,28 @@ def _lines(series: Mapping[str, Points]) -> list[Line]:
     ]
 
 
-def chart(title: str, panel: Panel) -> str:
-    """A small figure against images seen; nothing where no value is finite."""
+def chart(title: str, panel: Panel, axis: str) -> str:
+    """A small figure against images seen or steps; nothing where no value is finite."""
     panel.lines = [line for line in panel.lines if line.points]
     if not panel.lines:
         return ""
-    panel.x = "images seen"
+    panel.x = axis
     return (
         f'<figure class="chart"><figcaption>{esc(title)}</figcaption>'
         f'<img alt="{esc(title)}" src="{figures.small(panel)}"></figure>'
     )
 
 
-def metric_points(run: Run, record: Record, batch: int | None) -> Points:
-    """The numbers comparable to `record` of all evaluations of a run, by images seen."""
+def batch_size(run: Run) -> int | None:
+    """Images per step, from the student's card or, of an unfinished run, from its log."""
+    logged = [row["images"] // row["step"] for row in run.log if row["step"] and "images" in row]
+    return run.info.get("train", {}).get("batch_size", logged[0] if logged else None)
+
+
+def metric_points(run: Run, record: Record) -> Points:
+    """The numbers comparable to `record` of all evaluations of a run, by images seen or steps."""
     return [
-        (step * (batch or 1), r["value"])
+        (step * (batch_size(run) or 1), r["value"])
         for step in sorted(run.evals)
         for r in run.evals[step]["records"]
         if key(r) == key(record)

@@ -14,6 +14,7 @@ from pathlib import Path
 from diffdistill import assets
 from diffdistill.eval import standings
 from diffdistill.eval.protocols import PROTOCOLS, teacher_rows
+from diffdistill.eval.records import key
 
 SHOWN = ("fd", "recall", "coverage", "clip", "geneval", "accuracy")
 
@@ -41,6 +42,14 @@ def _table(protocol: str) -> str:
             rows.append((f"`recipe={file.stem}`", result))
     shown = [m for m in SHOWN if m in PROTOCOLS[protocol].metrics]
     first = rows[0][1]["records"][0]
+    keys: dict[str, tuple] = {}
+    for name, row in rows:
+        for r in row["records"]:
+            if keys.setdefault(r["metric"], key(r)) != key(r):
+                raise ValueError(
+                    f"{r['metric']} of {name} under {protocol} cannot be compared with that of the "
+                    "rows above. Make them again"
+                )
     lines = [
         f"Protocol `{protocol}`, n = {first['n']}, features `{first['feature_net']}`, floor FD "
         f"{rows[0][1]['floor_fd']:.2f}:",
