@@ -231,8 +231,9 @@ def test_wrong_results_are_never_overwritten(tmp_path):
     other, kept = Fake(real), out.read_text()
     other.info = other.info | {"times": [999]}
     for generator, change, words in (
-        (other, {}, "another samples: 'fake-"), (first, {"n": 61}, "another protocol: 'shapes-v1/n"),
-    ):  # fmt: skip
+        (other, {}, "another samples: 'fake-"),
+        (first, {"n": 61}, "another protocol: 'shapes-v1/n"),
+    ):
         generator.asked.clear()
         with pytest.raises(ValueError, match=f"x.json holds the numbers of {words}"):
             evaluate(generator, **ask | change)
