@@ -116,7 +116,7 @@ def read(folder: str | Path) -> list[tuple[dict, list[Path]]]:
     if not prompts:
         raise ValueError(
             f"{folder} has no folders 00000, 00001, ...: it is no folder of GenEval. Write it with "
-            "diffdistill.eval.geneval_folder.write, or with the published generator."
+            "diffdistill sample --geneval --folder DIR, or with the published generator."
         )
     found = []
     for prompt in sorted(prompts, key=lambda p: int(p.name)):

@@ -67,7 +67,7 @@ class PickScore:
         self, folder: Path | str, processor: Path | str, *, device: str | torch.device = "cpu"
     ):
         self.net = HuggingFaceClip(folder, processor=processor, device=device)
-        self.name = f"pickscore:{weights.digest(folder)[:8]}+{weights.text_digest(processor)[:8]}"
+        self.name = f"pickscore:{self.net.name.partition(':')[2]}"
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> np.ndarray:
         """Logit scale * cosine, about 20 to 23."""

@@ -84,8 +84,8 @@ PROTOCOLS = {
 def get(name: str) -> Protocol:
     if name in FOLDERS:
         raise ValueError(
-            f"protocol {name} judges a folder of images, not a pipeline. Draw the images first, "
-            "and give their folder"
+            f"protocol {name} judges a folder of images, not a pipeline. Draw the images first "
+            "with diffdistill sample --folder DIR, and give that folder"
         )
     if name not in PROTOCOLS:
         raise ValueError(unknown("protocol", name, [*PROTOCOLS, *FOLDERS]))
@@ -180,6 +180,7 @@ FOLDERS = {
         "", ("hpsv2.1",), n=3200,
         labels="the 3,200 prompts of HPSv2's benchmark, 800 of each style",
     ),
+    # one's own data; a name says where the statistics come from: images (--write-reference), a file
     "custom-folder": FolderProtocol("", subset=True),
     "custom-stats": FolderProtocol("", subset=True),
 }  # fmt: skip

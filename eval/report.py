@@ -706,7 +706,7 @@ def _png(data: bytes) -> str:
 
 def curves(run: Run, worlds: Mapping[str, World]) -> str:
     """Metrics, losses and gradient norms against images seen."""
-    charts = []
+    charts, batch = [], batch_size(run)
     for r in run.records:
         points = metric_points(run, r)
         if len(points) > 1 and r["metric"] in CURVES:
@@ -721,15 +721,14 @@ def curves(run: Run, worlds: Mapping[str, World]) -> str:
             if "/" not in column or not isinstance(value, (int, float)):
                 continue
             group, item = column.split("/", 1)
-            point = (row["step"] * (batch_size(run) or 1), value)
+            point = (row["step"] * (batch or 1), value)
             if item == "grad_norm":
                 norms.setdefault(group, []).append(point)
             elif item not in NOT_LOSSES:
                 logged.setdefault(column, []).append(point)
     charts += [(column, Panel("", _lines({column: made}), "")) for column, made in logged.items()]
     charts += [("gradient norm", Panel("", _lines(norms), ""))] if norms else []
-    axis = "images seen" if batch_size(run) else "steps"
-    shown = [chart(title, panel, axis) for title, panel in charts]
+    shown = [chart(title, panel, "images seen" if batch else "steps") for title, panel in charts]
     note = ""
     if run.damaged:
         note = f'<p class="dim small">damaged lines of metrics.jsonl, left out: {run.damaged}</p>'
@@ -763,8 +762,9 @@ def batch_size(run: Run) -> int | None:
 
 def metric_points(run: Run, record: Record) -> Points:
     """The numbers comparable to `record` of all evaluations of a run, by images seen or steps."""
+    batch = batch_size(run) or 1
     return [
-        (step * (batch_size(run) or 1), r["value"])
+        (step * batch, r["value"])
         for step in sorted(run.evals)
         for r in run.evals[step]["records"]
         if key(r) == key(record)
