@@ -35,6 +35,7 @@ def packed(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     names = [k for k in records[0] if k not in ("metric", "value")]
     shared = {k: records[0][k] for k in names if all(r[k] == records[0][k] for r in records)}
     details = {r["metric"]: {k: r[k] for k in names if k not in shared} for r in records}
+    shared["n"] = max(r["n"] for r in records)  # images; metrics of equal counts may take fewer
     return shared | {"metrics": {r["metric"]: r["value"] for r in records}, "details": details}
 
 

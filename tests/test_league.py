@@ -354,7 +354,7 @@ def teacher_row(fd, steps=25):
 
 
 def test_merging_replaces_the_entrys_own_row_only(monkeypatch):
-    numbers = [{"metric": "fd", "value": 2.0, "steps": 4}]
+    numbers = [{"metric": "fd", "value": 2.0, "steps": 4, "n": 3000}]
     result = {"pipeline": "shapes-sd", "records": numbers, "weights": {"unet": "w"}}
     other = result | {"pipeline": "another"}
     monkeypatch.setattr(
@@ -438,6 +438,18 @@ def test_a_new_metric_gets_a_column_beside_rows_that_lack_it():
     lines = standings.markdown([row("old", 6.0), new]).splitlines()
     assert "| FD | CLIP score | diversity |" in lines[2]
     assert "| 5.00 | 0.050 | 0.400 |" in lines[4] and "| 6.00 | 0.060 |  |" in lines[5]
+
+
+def test_a_metric_of_equal_counts_keeps_its_own_n():
+    shared = {"protocol": "p", "feature_net": "net:1", "resize": "none", "reference": "r"}
+    made = [
+        {"metric": "fd", "value": 2.0, "n": 10_000, "m": 9000, **shared},
+        {"metric": "recall", "value": 0.5, "n": 5000, "m": 5000, **shared},
+    ]
+    packed = standings.packed(made)
+    assert packed["n"] == 10_000
+    for r in made:
+        assert standings.record(packed, r["metric"]).items() >= r.items()
 
 
 def test_plot_of_teacher_and_seeds_stays_small(tmp_path):
