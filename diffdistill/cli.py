@@ -62,6 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     arg("--seed", type=int, default=0, help="of the first image; then seed + 1, ...")
     arg("--out", default="grid.png", metavar="PNG", help="default: grid.png")
     arg("--teacher", nargs="?", const="", help="the teacher's samples beside, same seeds")
+    arg("--folder", metavar="DIR", help="single PNGs there, for evaluate, and no grid; resumable")
+    arg("--geneval", action="store_true", help="with --folder: GenEval's prompts and layout")
 
     text = "the numbers of one pipeline, or of a folder of images"
     arg = add("evaluate", evaluate, text, "shapes-sd --num 1000")
@@ -131,11 +133,20 @@ def sample(args: argparse.Namespace) -> None:
     from diffdistill.tracking import save_grid
 
     generator = load_pipeline(args.pipeline, device=_device())
+    if args.folder and args.teacher is not None:
+        raise ValueError("--folder holds one pipeline's images. Give the teacher its own folder")
+    if args.geneval:
+        return _sample_geneval(args, generator)
     given = _conditions(args, generator.info)
     num = len(given) if args.num is None else args.num
     if num < 1:
         raise ValueError(f"--num is {num}. Allowed: 1 or more")
     conditions = [given[i % len(given)] for i in range(num)]
+    if args.folder:
+        from diffdistill.eval.folder import draw
+
+        drawn = draw(args.folder, generator, conditions, first=args.seed, steps=args.steps)
+        return print(f"{args.folder}: {drawn} images drawn, {num - drawn} were there")
     seeds = list(range(args.seed, args.seed + num))
     images, columns, note = generator.sample(conditions, seeds, steps=args.steps), min(num, 8), ""
     if args.teacher is not None:
@@ -146,6 +157,21 @@ def sample(args: argparse.Namespace) -> None:
         columns, note = 2 * min(num, 4), "; pairs of teacher, student"
     save_grid(images, columns, Path(args.out))
     print(f"{args.out}: {num} images{note}")
+
+
+def _sample_geneval(args: argparse.Namespace, generator: Any) -> None:
+    from diffdistill.eval import evaluate, geneval_folder
+
+    if not args.folder or args.prompt or args.prompts or args.labels or args.num or args.seed:
+        raise ValueError("--geneval has its own prompts, seeds and number. Give --folder DIR alone")
+    info = generator.info
+    made = {
+        "pipeline": f"{info['name']}-{evaluate.digest(generator.pipe, [])}",
+        "steps": args.steps or info["steps"], "nfe": generator.nfe(args.steps),
+        "guidance": info["guidance"], "seeds": "4 i + k",
+    }  # fmt: skip
+    sample = lambda prompts, seeds: generator.sample(prompts, seeds, steps=args.steps)  # noqa: E731
+    print(f"{args.folder}: {geneval_folder.write(args.folder, sample, source=made)} images drawn")
 
 
 def _conditions(args: argparse.Namespace, info: dict[str, Any]) -> list:

@@ -96,12 +96,18 @@ def _files(group: str) -> list[Row]:
 
 
 def _metrics() -> list[Row]:
-    from diffdistill.eval.metrics import METRICS
+    from diffdistill.eval.metrics import METRICS, WORLDS, of_folders
+
+    def where(name: str) -> list[str]:
+        found = ["pipelines of the embedded worlds"] if name in WORLDS else []
+        found += ["folders of images"] if name in of_folders() else []
+        found += ["folders of GenEval"] if name == "geneval" else []
+        return found or ["Python only (diffdistill.eval.metrics.measure)"]
 
     return [
         {
             "name": name, "about": metric.about, "numbers": list(metric.values),
-            "paper": f"arXiv {metric.paper}" if metric.paper else "",
+            "paper": f"arXiv {metric.paper}" if metric.paper else "", "available": where(name),
         }
         for name, metric in METRICS.items()
     ]  # fmt: skip

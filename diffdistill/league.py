@@ -77,6 +77,7 @@ class Job:
     argv: tuple[str, ...]  # of diffdistill train
     cfg: RunConfig
     folder: Path
+    asked: str  # hash, see `asked_of`
     pairs: int  # passes
     spent: tuple[int, ...]  # passes after each step, pairs included
 
@@ -212,6 +213,7 @@ def plan(name: str, config: str, rules: League, runs: Path) -> list[Job]:
             engine = dry_engine(cfg, teacher, accelerator)
             _check_steps(entry, sampling_info(engine.method.sampler())[0])
             pairs, counter = of_pairs(cfg, teacher), Counter(engine)
+            asked = asked_of(cfg, rules.budget)
             for seed in entry.seeds or rules.seeds:
                 spent = _spent(rules.budget, pairs, counter.steps(seed))
                 cfg = replace(cfg, train=replace(cfg.train, seed=seed, steps=len(spent)))
@@ -226,7 +228,7 @@ def plan(name: str, config: str, rules: League, runs: Path) -> list[Job]:
                 jobs.append(
                     Job(
                         name, config, short, weights, entry, seed, rules.budget, whole, cfg,
-                        runs / where, pairs, spent,
+                        runs / where, asked, pairs, spent,
                     )
                 )  # fmt: skip
     order = lambda job: (job.entry.seeds or rules.seeds).index(job.seed)  # noqa: E731
@@ -245,6 +247,12 @@ def settings(rules: League, entry: Entry, teacher: str) -> tuple[list[str], RunC
         for key, value in more.items():
             argv.append(f"{key}={value if isinstance(value, str) else json.dumps(value)}")
         return argv, compose(argv)[0]
+
+
+def asked_of(cfg: RunConfig, budget: int) -> str:
+    """Hash of what is asked of an entry, whatever its seed: as `settings` composes it."""
+    key = json.dumps([fingerprint(cfg), cfg.evaluate.n, budget])
+    return hashlib.sha256(key.encode()).hexdigest()[:8]
 
 
 @contextlib.contextmanager
@@ -336,6 +344,12 @@ def row_of(job: Job) -> dict[str, Any]:
         for file in (job.folder / "eval").glob("step_*.json")
     }
     result, cost = made[len(job.spent)], info["train"]
+    passes = job.pairs + cost["network_passes"]
+    if passes != job.spent[-1]:
+        raise RuntimeError(
+            f"{job.label} took {passes:,} passes, and {job.spent[-1]:,} were counted before. Its "
+            "numbers are not of this budget; please report this"
+        )
     fd = {
         step: next(r["value"] for r in m["records"] if r["metric"] == "fd")
         for step, m in sorted(made.items())
@@ -347,10 +361,12 @@ def row_of(job: Job) -> dict[str, Any]:
         "entry": job.entry.name,
         "teacher": job.teacher,
         "teacher_weights": job.weights,
+        "teacher_files": info.get("teacher_weights"),
         "seed": job.seed,
+        "asked": job.asked,
         **_evaluation(result),
         "budget": job.budget,
-        "passes": job.pairs + cost["network_passes"],
+        "passes": passes,
         "pair_passes": job.pairs,
         "images": cost["images"],
         "train_steps": cost["steps"],
@@ -373,9 +389,17 @@ def _evaluation(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def merged(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows with this one in its place and with the teacher's as they ship now."""
+    """The rows with this one in its place and with the teacher's as they ship now.
+
+    Rows of its entry for which something else was asked, or of other teacher weights, are dropped.
+    """
     key = lambda r: (r["league"], r["entry"], r["seed"])  # noqa: E731
-    others = [r for r in rows if r["method"] != standings.TEACHER]
+    made = lambda r: (r["asked"], r["teacher_weights"])  # noqa: E731
+    others = [
+        r
+        for r in rows
+        if r["method"] != standings.TEACHER and (key(r)[:2] != key(row)[:2] or made(r) == made(row))
+    ]
     places = [i for i, r in enumerate(others) if key(r) == key(row)]
     if places:
         others[places[0]] = row
@@ -385,9 +409,9 @@ def merged(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, An
     return [
         {
             "league": "", "method": standings.TEACHER, "entry": standings.TEACHER,
-            "teacher": row["teacher"], "seed": None, **_evaluation(result), "budget": None,
-            "passes": 0, "images": 0, "curve": [],
-            "command": f"python -m diffdistill.eval.protocols {protocol}",
+            "teacher": row["teacher"], "teacher_files": result["weights"], "seed": None,
+            "asked": "", **_evaluation(result), "budget": None, "passes": 0, "images": 0,
+            "curve": [], "command": f"python -m diffdistill.eval.protocols {protocol}",
         }
         for result in teacher_rows(protocol)
         if result["pipeline"] == row["teacher"]
@@ -399,19 +423,20 @@ def merged(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, An
 
 def _print_rows(name: str, rules: League, out: Path) -> int:
     """The tables of this league's teachers as they stand, and what is still to come."""
-    for teacher in (Path(t).name for t in rules.teachers):
+    for source in rules.teachers:
+        teacher = Path(source).name
         file = out / f"{teacher}.json"
         rows = json.loads(file.read_text()) if file.is_file() else []
-        there = {(r["entry"], r["seed"]) for r in rows if r["league"] == name}
+        there = {(r["entry"], r["seed"], r["asked"]) for r in rows if r["league"] == name}
         asked = [
-            (entry.name, seed)
+            (entry.name, seed, asked_of(settings(rules, entry, source)[1], rules.budget))
             for entry in rules.entries
-            if teacher in (Path(t).name for t in entry.teachers or rules.teachers)
+            if source in (entry.teachers or rules.teachers)
             for seed in entry.seeds or rules.seeds
         ]
         if table := standings.markdown(rows):
             print(f"\n{table}\n")
-        left = [f"{entry} seed {seed}" for entry, seed in asked if (entry, seed) not in there]
+        left = [f"{wanted[0]} seed {wanted[1]}" for wanted in asked if wanted not in there]
         print(f"{teacher}: {len(asked) - len(left)} of {len(asked)} entries have a row")
         if left:
             print(f"without one: {', '.join(left)}")

@@ -393,6 +393,7 @@ def student_info(
         "method": cfg.method_name,
         "paper": type(engine.method).paper,
         "teacher": teacher.name,
+        "teacher_weights": teacher.info.get("weights"),
         "teacher_steps": teacher.info.get("steps"),
         "teacher_guidance": getattr(cfg.method, "guidance", None),
         "data": cfg.data.name or teacher.info.get("world"),

@@ -133,7 +133,8 @@ class HuggingFaceClip(Extractor):
         )
         self.scale = math.exp(model.logit_scale.item())
         super().__init__(
-            f"{Path(folder).name}:{weights.digest(folder)[:8]}",
+            f"{Path(folder).name}:{weights.digest(folder)[:8]}"
+            f"+{weights.text_digest(processor or folder)[:8]}",
             "transformers-bicubic-shortest",
             self._view,
             lambda x: pooled(self.model.get_image_features(pixel_values=x)),

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffdistill.data import shapes
-from diffdistill.eval import geneval, protocols, shapes_detector
+from diffdistill.eval import geneval, protocols, shapes_detector, weights
 from diffdistill.eval import metrics as registry
 from diffdistill.eval.records import Record
 from diffdistill.tracking import save_grid
@@ -35,6 +35,9 @@ GROUPS = {  # what --metrics names, and the numbers it stands for
     name: metric.values for name, metric in registry.METRICS.items()
 }
 CHUNK = 256  # samples that one process makes at a time, and that one file holds
+DETECTOR = (  # of GenEval: limit of its scores, and the hash of its source, which is its weights
+    f"shapes-detector:{shapes_detector.THRESHOLD}:{weights.digest(shapes_detector.__file__)[:8]}"
+)
 SHOWN = 60  # verdicts with pictures; all in the first chunk
 
 
@@ -59,7 +62,8 @@ def evaluate(
         n: samples; another count than the protocol's makes another, incomparable protocol.
         out: file for the JSON; pictures of the first verdicts go beside it as PNG.
         samples: folder that keeps the samples, so that an interrupted evaluation continues; each
-            pipeline, with its weights and settings, has its own folder in it.
+            pipeline, with its weights and settings, has its own folder in it. Then `out` is not
+            overwritten by the numbers of another pipeline or protocol.
         accelerator: of a launch with several processes; every one of them returns the result.
     """
     name = protocol or generator.info.get("protocol")
@@ -79,9 +83,12 @@ def evaluate(
         )
     conditions, info = rules.conditions(n), generator.info
     groups, within, left_out = _split(rules, groups, conditions, metrics is None)
+    made = {"protocol": name if n == rules.n else f"{name}/n={n}"}
     if samples is not None:
         asked = [name, conditions, steps, guidance, {**info, "metrics": None}]
-        samples = samples / f"{info['name']}-{_digest(generator.pipe, asked)}"
+        made["samples"] = f"{info['name']}-{digest(generator.pipe, asked)}"
+        samples = samples / made["samples"]
+        keep_apart(out, made)
 
     def draw(rows: range) -> Tensor:
         part = conditions[rows.start : rows.stop]
@@ -107,7 +114,7 @@ def evaluate(
         extra["verdicts"] = _shown(seen.first)
     k = steps or info["steps"]
     shared = {
-        "protocol": name if n == rules.n else f"{name}/n={n}",
+        "protocol": made["protocol"],
         "n": n,
         "labels": rules.labels,
         "steps": k,
@@ -118,14 +125,14 @@ def evaluate(
         "versions": {p: version(p) for p in ("torch", "diffusers", "transformers")},
     }
     nets = dict.fromkeys([*groups, *within], (net.name, net.resize))
-    nets["geneval"] = f"shapes-detector:{shapes_detector.THRESHOLD}", "none"
+    nets["geneval"] = DETECTOR, "none"
     result = {
         "pipeline": info.get("name", ""),
-        "protocol": shared["protocol"],
+        **made,
         "steps": k,
         "seconds": round(seen.seconds, 2),
         "images_per_s": round(seen.made / seen.seconds, 2),
-        "floor_fd": reference.floor,
+        "floor_fd": reference.floor if n == rules.n else None,  # it moves with n
         "records": records(groups, values, given, nets, reference.digest, **shared),
         **extra,
         **({"left_out": left_out} if left_out else {}),
@@ -186,12 +193,10 @@ def records(
     for group in groups:
         metric, (net, resize) = registry.get(group), nets[group]
         m = registry.reference_count(group, given)
-        digest = reference if metric.counts else ""
-        rows += [
-            Record(name, values[name], feature_net=net, resize=resize, m=m, reference=digest,
-                   **shared)
-            for name in metric.values
-        ]  # fmt: skip
+        about = {"feature_net": net, "resize": resize, "m": m}
+        about |= {"reference": reference if metric.counts else ""}
+        about |= {"n": m} if metric.counts == "equal" else {}
+        rows += [Record(name, values[name], **shared | about) for name in metric.values]
     return [asdict(row) for row in rows]
 
 
@@ -279,14 +284,24 @@ def _keep(file: Path, images: Tensor) -> None:
     aside.rename(file)
 
 
-def _digest(pipe: Any, asked: Any) -> str:
-    """Hash of all that a sample depends on: weights, dtype and settings."""
-    digest = hashlib.blake2b(json.dumps([asked, str(pipe.dtype)]).encode(), digest_size=4)
-    for part in getattr(pipe, "components", {}).values():
+def digest(pipe: Any, asked: Any) -> str:
+    """Hash of all that a sample depends on: weights, configurations, dtype, device, settings."""
+    parts = getattr(pipe, "components", {})
+    configs = [_config(part) for part in (pipe, *parts.values())]
+    how = [asked, str(pipe.dtype), pipe.device.type, configs]
+    total = hashlib.blake2b(json.dumps(how, sort_keys=True, default=str).encode(), digest_size=4)
+    for part in parts.values():
         if isinstance(part, nn.Module):
             for tensor in part.state_dict().values():
-                digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+                total.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def _config(part: Any) -> dict[str, Any]:
+    """Of a pipeline, scheduler or network, without the folder that it was loaded from."""
+    config = getattr(part, "config", {})
+    config = config.to_dict() if hasattr(config, "to_dict") else config
+    return {key: value for key, value in config.items() if key != "_name_or_path"}
 
 
 # ---- metrics ----------------------------------------------------------------------------
@@ -327,6 +342,17 @@ def _shown(first: Tensor) -> list[dict[str, Any]]:
         }
         for i, (r, v) in enumerate(verdicts(range(len(first[:SHOWN])), first[:SHOWN]))
     ]  # fmt: skip
+
+
+def keep_apart(out: Path | None, made: Mapping[str, Any]) -> None:
+    """Refuse a file with the numbers of something else than what is `made`."""
+    stored = json.loads(out.read_text()) if out is not None and out.is_file() else made
+    for key, value in made.items():
+        if stored.get(key) != value:
+            raise ValueError(
+                f"{out} holds the numbers of another {key}: {stored.get(key)!r}, not {value!r}. "
+                "Give another --out"
+            )
 
 
 def write(out: Path, result: dict[str, Any]) -> None:

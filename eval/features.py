@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffdistill import assets
+from diffdistill.eval.networks import exact
 
 
 def _weights(folder: Path, file: str) -> tuple[dict[str, Tensor], str]:
@@ -46,13 +47,13 @@ class ShapesClip:
         self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
         self.name = f"shapes-clip:{digest}"
 
-    @torch.no_grad()
+    @exact()
     def features(self, images: Tensor, batch: int = 256) -> np.ndarray:
         """Image embeddings, not normalised: float64 [N, d]."""
         parts = [self.model.encode_image(p.float() / 127.5 - 1) for p in images.split(batch)]
         return torch.cat(parts).double().numpy()
 
-    @torch.no_grad()
+    @exact()
     def text(self, prompts: list[str], batch: int = 512) -> np.ndarray:
         """Text embeddings, not normalised: float64 [N, d]."""
         ids = self.tokenizer(
@@ -82,18 +83,18 @@ class FashionClassifier(nn.Module):
         """Images in [-1, 1] -> logits."""
         return self.head(self.body(x))
 
-    @torch.no_grad()
+    @exact()
     def features(self, images: Tensor, batch: int = 500) -> np.ndarray:
         """Penultimate activations of uint8 [N, 1, 28, 28]: float64 [N, 64]."""
         parts = [self.body(part.float() / 127.5 - 1).double() for part in images.split(batch)]
         return torch.cat(parts).numpy()
 
-    @torch.no_grad()
+    @exact()
     def predict(self, images: Tensor, batch: int = 500) -> Tensor:
         """Class of uint8 [N, 1, 28, 28]: int64 [N]."""
         return torch.cat([self(p.float() / 127.5 - 1).argmax(1) for p in images.split(batch)])
 
-    @torch.no_grad()
+    @exact()
     def confidence(self, images: Tensor, batch: int = 500) -> Tensor:
         """Softmax of the logits: float32 [N, 10]."""
         return torch.cat([F.softmax(self(p.float() / 127.5 - 1), 1) for p in images.split(batch)])

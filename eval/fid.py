@@ -17,7 +17,6 @@ d(d+1)/(2N) + 2d/N, so distances with different N cannot be compared.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -127,14 +126,18 @@ def minimum_and_mean(distances: Sequence[float]) -> dict[str, float]:
     }  # fmt: skip
 
 
-def check_count(n: int, d: int) -> None:
-    """Warn where the bias of a Frechet distance is large: under 10 samples per dimension."""
-    if n < 10 * d:
-        warnings.warn(
-            f"a Frechet distance of {n} samples in {d} dimensions has a large bias. Compare it "
-            f"only with others of {n} samples, and look at the kernel distance, too",
-            stacklevel=2,
-        )
+def bias_notes(n: int, d: int, m: int = 0) -> list[str]:
+    """A sentence where the bias is large: under 10 samples per dimension on either side.
+
+    Args:
+        n, m: generated and reference images; m = 0 is not known.
+    """
+    if (least := min(n, m or n)) >= 10 * d:
+        return []
+    return [
+        f"a Frechet distance of {least} samples in {d} dimensions has a large bias. Compare it "
+        "only with others of as many, and look at the kernel distance, too"
+    ]
 
 
 def _check(features: np.ndarray) -> None:

@@ -33,7 +33,17 @@ from diffdistill.eval import (
     weights,
 )
 from diffdistill.eval import metrics as registry
-from diffdistill.eval.evaluate import Seen, from_main, plain, records, walk, write
+from diffdistill.eval.evaluate import (
+    CHUNK,
+    Seen,
+    digest,
+    from_main,
+    keep_apart,
+    plain,
+    records,
+    walk,
+    write,
+)
 from diffdistill.eval.protocols import FolderProtocol, folder_protocol
 from diffdistill.registry import unknown
 
@@ -41,10 +51,13 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 LOSSY = (".jpg", ".jpeg", ".webp")
-KEPT = 10_000  # features in a reference
+OTHER = (".bmp", ".tif", ".tiff", ".gif", ".ppm")  # which are not passed over in silence
+KEPT = 10_000  # features in a reference, for neighbours
+CMMD, KEPT_CMMD = "clip-vitl14-336", 30_000  # CMMD's network, and images in its paper
+FEW = 5000  # images below which the kernel distance is reported, too
+TOLD = ("seeds", "labels", "steps", "nfe", "guidance")  # by source.json, for the records
+PACKAGES = ("torch", "transformers", "open_clip_torch", "numpy", "Pillow", "clean-fid")
 SCORES = (*clip.SETTINGS, *preference.SCORERS)  # metrics of single images
-_OF_NETWORK = {"features", "logits", "spatial"}
-_OF_REFERENCE = {"mu", "sigma", "m", "mu_s", "sigma_s", "real"}
 _Score = Callable[[Tensor, Sequence[str]], np.ndarray]
 
 
@@ -103,17 +116,22 @@ def evaluate_folder(
     rules = folder_protocol(protocol)
     groups = list(metrics or rules.metrics)
     needs = _needs(groups)
-    looks, compares = bool(needs & _OF_NETWORK), bool(needs & _OF_REFERENCE)
+    looks, compares = bool(needs & registry.OF_NETWORK), bool(needs & registry.OF_REFERENCE)
     for flag, value, used in (("network", network, looks), ("reference", reference, compares)):
         if value is not None and not used:
             raise ValueError(f"--{flag} is for none of {', '.join(groups)}. Leave it out")
-    files = _files(folder, protocol, rules, rules.n if n is None else n)
+    files = _files(folder, protocol, rules, rules.n if n is None else n, rules.lossy[0])
+    name = protocol if rules.n in (0, len(files)) else f"{protocol}/n={len(files)}"
+    made = {"folder": str(folder), "protocol": name, "n": len(files)}
+    keep_apart(out, made)
     prompts = _prompts(files, groups)
     scored = [group for group in groups if group in SCORES]
     own = [_net_source(protocol, rules, network)] if looks else []
     source.check([*own, *(name for group in scored for name in _sources(group))])
     net = _network(rules, network, needs, source) if looks else None
-    given, digest = _reference(reference, protocol, rules, net, needs) if compares else ({}, "")
+    given, told = _reference(reference, protocol, rules, net, needs) if compares else ({}, "")
+    if not metrics and "fid" in groups and len(files) < FEW and given["real"] is not None:
+        groups.append("kid")
     scores = {group: _score(group, source) for group in scored}
 
     seen = _look(files, prompts, rules, net, needs, scores, given.get("mu"), accelerator)
@@ -121,15 +139,19 @@ def evaluate_folder(
         return from_main({}, accelerator)
     given |= seen.arrays | {"groups": prompts}
     values, extra = registry.measure(groups, given)
+    if protocol == "hpsv2-3200":
+        styles = np.array([file.parent.name for file in files])
+        for group in (g for g in scored if g.startswith("hpsv2")):
+            each = {style: given[group][styles == style] for style in np.unique(styles).tolist()}
+            extra[f"{group}_table"] = preference.hps_benchmark(each)
     nets = {group: (name, resize) for group, (_, name, resize) in scores.items()}
     if net is not None:
         nets = dict.fromkeys(groups, (net.name, _resize(rules, net))) | nets
-    name = protocol if rules.n in (0, len(files)) else f"{protocol}/n={len(files)}"
     rows = records(
-        groups, values, given, nets, digest, protocol=name, n=len(files), labels=rules.labels,
-        **_facts(source),
+        groups, values, given, nets, told, protocol=name, n=len(files),
+        **{"labels": _expected(rules)} | _facts(folder, source),
     )  # fmt: skip
-    return from_main(_result(folder, name, began, rows, extra, out), accelerator)
+    return from_main(_result(made, began, rows, extra, out), accelerator)
 
 
 def write_reference(
@@ -143,20 +165,21 @@ def write_reference(
 ) -> Path:
     """Statistics and some features of real images under a protocol, as a reference for others.
 
-    JPEG is allowed, because data sets come so. EDM's and clean-fid's code read the file, too.
+    JPEG is allowed where data sets come so. EDM's and clean-fid's code read the file, too.
     """
     file, rules = Path(file), folder_protocol(protocol)
     if file.suffix != ".npz":
         raise ValueError(f"a reference goes into a file .npz, not {file.name}")
     needs = _needs(rules.metrics)
-    files = _files(folder, protocol, rules, rules.m, lossy=True)
+    files = _files(folder, protocol, rules, rules.m, rules.lossy[1])
     source.check([_net_source(protocol, rules, network)])
     net = _network(rules, network, needs, source)
     seen = _look(files, [], rules, net, needs, {}, None, accelerator)
     if accelerator is None or accelerator.is_main_process:
         features, spatial = seen.arrays["features"], seen.arrays.get("spatial")
         found = vars(statistics.of_features(features, spatial))
-        some = np.random.default_rng(0).permutation(len(features))[:KEPT]
+        kept = KEPT_CMMD if network == CMMD else KEPT
+        some = _order(features)[:kept]
         file.parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(
             file, feats=features[some].astype(np.float32), feature_net=net.name,
@@ -174,6 +197,7 @@ def evaluate_geneval(
 ) -> dict[str, Any]:
     """GenEval of a folder in its published layout, by a back end of `detectors`."""
     began = time.perf_counter()
+    keep_apart(out, {"folder": str(folder)})
     clauses = [c for record, _ in geneval_folder.read(folder) for c in record["include"]]
     source.check([backend, "clip-vitl14"])
     detector = detectors.load(backend, source.paths.get(backend), **source.how)
@@ -184,34 +208,70 @@ def evaluate_geneval(
     rows = records(
         ["geneval"], {"geneval": found.pop("overall")}, {},
         {"geneval": (found.pop("feature_net"), "none")}, "", protocol=found["protocol"],
-        n=found.pop("n"), labels="the prompts of the folder", **_facts(source),
+        n=found.pop("n"), **{"labels": "the prompts of the folder"} | _facts(folder, source),
     )  # fmt: skip
-    return _result(folder, found.pop("protocol"), began, rows, found, out)
+    made = {"folder": str(folder), "protocol": found.pop("protocol"), "n": rows[0]["n"]}
+    return _result(made, began, rows, found, out)
+
+
+def draw(
+    folder: Path | str, generator: Any, conditions: Sequence[Any], *, first: int = 0,
+    steps: int | None = None,
+) -> int:  # fmt: skip
+    """Draw what a folder for `evaluate_folder` lacks; the number of images drawn.
+
+    SEED.png with its prompt in SEED.txt, and in source.json what made them. A folder that was begun
+    with another pipeline, with other steps or prompts, is refused.
+
+    Args:
+        generator: what `pipelines.loading.load_pipeline` returns.
+        conditions: prompts or labels; image i has the seed first + i.
+    """
+    folder, info = Path(folder), generator.info
+    texts = all(isinstance(condition, str) for condition in conditions)
+    made = {
+        "pipeline": f"{info['name']}-{digest(generator.pipe, [])}", "steps": steps or info["steps"],
+        "nfe": generator.nfe(steps), "guidance": info["guidance"], "seeds": "the files' names",
+        "labels": "prompts of NAME.txt" if texts else "classes as asked",
+    }  # fmt: skip
+    geneval_folder.begin(folder / geneval_folder.SOURCE, made, "images of another source")
+    todo = []
+    for seed, condition in enumerate(conditions, first):
+        file = folder / f"{seed:05}.png"
+        if texts:
+            geneval_folder.begin(file.with_suffix(".txt"), condition, "another prompt")
+        todo += [] if file.is_file() else [(file, condition, seed)]
+    for start in range(0, len(todo), CHUNK):
+        files, asked, seeds = zip(*todo[start : start + CHUNK], strict=True)
+        for file, image in zip(files, generator.sample(asked, seeds, steps=steps), strict=True):
+            geneval_folder.save(file, image.expand(3, -1, -1))
+    return len(todo)
 
 
 # ---- what is asked ----------------------------------------------------------------------
 
 
 def _needs(groups: Sequence[str]) -> set[str]:
-    """What must be given for metrics that are of single images, features or a reference."""
-    able = _OF_NETWORK | _OF_REFERENCE | {"groups"} | set(SCORES)
-    for group in groups:
-        if not registry.needed([group]) <= able:
-            known = [name for name in registry.METRICS if registry.needed([name]) <= able]
-            raise ValueError(
-                f"metric {group} cannot be had from a folder. Available: {', '.join(known)}"
-            )
+    """What must be given for the metrics."""
+    known = registry.of_folders()
+    if odd := [group for group in groups if group not in known]:
+        raise ValueError(
+            f"metric {odd[0]} cannot be had from a folder. Available: {', '.join(known)}"
+        )
     return registry.needed(groups)
 
 
 def _files(
-    folder: Path | str, protocol: str, rules: FolderProtocol, n: int, *, lossy: bool = False
+    folder: Path | str, protocol: str, rules: FolderProtocol, n: int, lossy: bool
 ) -> list[Path]:
-    """n images, 0 for all; of more, the subset that EDM takes."""
-    files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".png", *LOSSY))
-    odd = [f for f in files if f.suffix.lower() in LOSSY]
-    if odd and not (lossy or rules.lossy):
-        raise ValueError(f"{odd[0]} is lossy, which moves distances. {protocol} judges PNG files")
+    """n images, 0 for all; of more, the subset that EDM takes, where the set is not fixed."""
+    endings = (".png", *LOSSY, *OTHER)
+    files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in endings)
+    for file in files:
+        if file.suffix.lower() in OTHER:
+            raise ValueError(f"{file} is not read. {protocol} judges PNG files: convert it")
+        if file.suffix.lower() in LOSSY and not lossy:
+            raise ValueError(f"{file} is lossy, which moves distances. {protocol} judges PNG files")
     if len(files) < max(n, 2):
         raise ValueError(
             f"{folder} has {len(files)} images. {protocol} takes {n or '2 or more'}: draw the "
@@ -219,6 +279,11 @@ def _files(
         )
     if n in (0, len(files)):
         return files
+    if not rules.subset:
+        raise ValueError(
+            f"{folder} has {len(files)} images. {protocol} takes {n}, of a fixed set and no random "
+            "part of more: give a folder of those alone"
+        )
     some = np.random.RandomState(0).permutation(len(files))[:n]
     return [files[i] for i in sorted(some)]
 
@@ -308,7 +373,7 @@ def _reference(
             f"{path} is of {found.n} images. {protocol} compares with {rules.reference}, of "
             f"{rules.m}"
         )
-    given = vars(found) | {"m": rules.m or found.n}
+    given = vars(found) | {"m": found.n, "real": None}
     through = {"feature_net": net.name, "resize": _resize(rules, net)}
     with np.load(path, allow_pickle=False) as file:
         made = {key: str(file[key]) for key in through if key in file.files}
@@ -317,18 +382,25 @@ def _reference(
                 f"{path} was made with {' and '.join(made.values())}, not "
                 f"{' and '.join(through.values())}. Give the reference of this protocol and network"
             )
-        if "real" in needs and "feats" in file.files:
+        if "feats" in file.files:
             given["real"] = file["feats"]
         images = "arr_0" in file.files
-    if "real" in needs and "real" not in given and images:
+    if "real" in needs and given["real"] is None and images:
         given["real"] = net.features(_view(rules, statistics.load_images(path)))
-    if lacking := sorted(key for key in needs & _OF_REFERENCE if given.get(key) is None):
+    if given["real"] is not None:
+        given["real"] = given["real"][_order(given["real"])]
+    if lacking := sorted(key for key in needs & registry.OF_REFERENCE if given.get(key) is None):
         what = "features" if lacking[0] == "real" else lacking[0]
         raise ValueError(
             f"{path} has no {what}, which one of the metrics needs. Leave that metric out, or give "
             "a file of --write-reference"
         )
     return given, weights.digest(path)[:12]
+
+
+def _order(features: np.ndarray) -> np.ndarray:
+    """A random one, because files may be sorted by class, and metrics take the first rows."""
+    return np.random.default_rng(0).permutation(len(features))
 
 
 # ---- images -----------------------------------------------------------------------------
@@ -402,23 +474,26 @@ def _view(rules: FolderProtocol, images: Tensor) -> Tensor:
 # ---- results ----------------------------------------------------------------------------
 
 
-def _facts(source: Weights) -> dict[str, Any]:
-    """Fields of a record that are the same for all folders."""
+def _expected(rules: FolderProtocol) -> str:
+    return rules.labels if rules.labels == "not known" else f"expected: {rules.labels}"
+
+
+def _facts(folder: Path | str, source: Weights) -> dict[str, Any]:
+    """Fields of a record that are the same for all metrics; what `source.json` of a folder says."""
+    told = geneval_folder.source(folder)
     return {
         "seeds": "not known",
         "device": torch.device(source.device).type,
-        "versions": {p: version(p) for p in ("torch", "transformers", "open_clip_torch")},
+        "versions": {p: version(p) for p in PACKAGES},
+        **{key: told[key] for key in TOLD if key in told},
     }
 
 
 def _result(
-    folder: Path | str, protocol: str, began: float, rows: list, extra: dict, out: Path | None
+    made: dict[str, Any], began: float, rows: list, extra: dict, out: Path | None
 ) -> dict[str, Any]:
-    result = {
-        "folder": str(folder), "protocol": protocol,
-        "seconds": round(time.perf_counter() - began, 2), "records": rows, **extra,
-    }  # fmt: skip
-    result = plain(result)
+    seconds = round(time.perf_counter() - began, 2)
+    result = plain({**made, "seconds": seconds, "records": rows, **extra})
     if out is not None:
         write(out, result)
     return result

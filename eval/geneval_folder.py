@@ -59,11 +59,10 @@ def write(
         raise ValueError(
             f"{len(records)} prompts, {count} images of each, {batch} at once. Give 1 or more each"
         )
-    line = json.dumps({**source, "count": count}, sort_keys=True)
-    _begin(folder / SOURCE, line, "images of another source")
+    begin(folder / SOURCE, {**source, "count": count}, "images of another source")
     todo = []
     for i, record in enumerate(records):
-        _begin(folder / f"{i:05}" / "metadata.jsonl", json.dumps(record), "another prompt")
+        begin(folder / f"{i:05}" / "metadata.jsonl", json.dumps(record), "another prompt")
         files = [folder / f"{i:05}" / "samples" / f"{k:05}.png" for k in range(count)]
         files[0].parent.mkdir(exist_ok=True)
         lacking = [(f, count * i + k) for k, f in enumerate(files) if not f.exists()]
@@ -73,13 +72,23 @@ def write(
             files, prompts, seeds = zip(*todo[start : start + batch], strict=True)
             images = sample(prompts, seeds)
             for file, image in zip(files, images, strict=True):
-                _save(file, image)
+                save(file, image)
             progress.update(len(files))
     return len(todo)
 
 
-def _begin(file: Path, line: str, other: str) -> None:
+def source(folder: str | Path) -> dict[str, Any]:
+    """What made the images, as `write` noted it; nothing of another generator's."""
+    file = Path(folder) / SOURCE
+    try:
+        return json.loads(file.read_text()) if file.is_file() else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is damaged: {error}. Remove it, or draw again") from error
+
+
+def begin(file: Path, line: str | Mapping[str, Any], other: str) -> None:
     """The line is in the file from now on; something else there is an error."""
+    line = line.strip() if isinstance(line, str) else json.dumps(line, sort_keys=True)
     if file.is_file():
         if file.read_text().strip() != line:
             raise ValueError(f"{file} belongs to {other}, not to {line}. Use another folder.")
@@ -90,7 +99,8 @@ def _begin(file: Path, line: str, other: str) -> None:
     aside.rename(file)
 
 
-def _save(file: Path, image: Tensor) -> None:
+def save(file: Path, image: Tensor) -> None:
+    """uint8 [3, H, W] as PNG, written aside and renamed."""
     from PIL import Image
 
     assert image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] == 3, image.shape
@@ -106,7 +116,7 @@ def read(folder: str | Path) -> list[tuple[dict, list[Path]]]:
     if not prompts:
         raise ValueError(
             f"{folder} has no folders 00000, 00001, ...: it is no folder of GenEval. Write it with "
-            "diffdistill.eval.geneval_folder.write, or with the published generator."
+            "diffdistill sample --geneval --folder DIR, or with the published generator."
         )
     found = []
     for prompt in sorted(prompts, key=lambda p: int(p.name)):

@@ -6,9 +6,9 @@
     text           [N, d] of the prompts, from the same network
     logits         [N, classes] of Inception, without bias
     spatial        [N, 2023] of Inception, see `inception`
-    mu, sigma, m   Gaussian of the reference features, and the number of images behind it
+    mu, sigma, m   Gaussian of the reference features, and the images behind it; 0: not known
     mu_s, sigma_s  the same of the spatial features
-    real           [M, d] features of the reference; train: of all training images
+    real           [M, d] features of the reference, in random order; train: of all training images
     groups         [N] the prompt of each image
     images, lpips  uint8 [N, 3, H, W], and a distance of two such batches
     right          [N] whether the class is as asked
@@ -19,12 +19,17 @@ and under the name of a scorer or of a CLIP setting, [N] scores of single images
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 Given = Mapping[str, Any]
 Values = dict[str, float]
+
+WORLDS = ("fid", "kid", "prdc", "clip", "geneval", "accuracy")  # of `protocols.PROTOCOLS`
+OF_NETWORK = {"features", "logits", "spatial"}
+OF_REFERENCE = {"mu", "sigma", "m", "mu_s", "sigma_s", "real"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,8 @@ class Metric:
         needs: what must be given.
         up: a larger number is better.
         counts: whose number of images is the `m` of its records: "reference" (behind mu and
-            sigma), "real" (features), "equal" (of those, as many as are generated), or none.
+            sigma), "real" (features), "equal" (as many of those as of the generated, which is
+            their `n`, too), or none.
     """
 
     values: tuple[str, ...]
@@ -50,9 +56,13 @@ class Metric:
 
 
 def measure(names: Iterable[str], given: Given) -> tuple[Values, dict[str, Any]]:
-    """(name of a number -> value, details) of some metrics, in the order of `names`."""
+    """(name of a number -> value, details) of some metrics, in the order of `names`.
+
+    What is doubtful about a number is a warning, and in the `notes` of the details.
+    """
     values: Values = {}
     details: dict[str, Any] = {}
+    notes: list[str] = []
     for name in names:
         metric = get(name)
         if missing := [key for key in metric.needs if given.get(key) is None]:
@@ -61,9 +71,12 @@ def measure(names: Iterable[str], given: Given) -> tuple[Values, dict[str, Any]]
                 f"{'them' if len(missing) > 1 else 'it'}, or leave the metric out"
             )
         found = metric.compute(given)
+        notes += found.pop("notes", [])
         values |= {key: found.pop(key) for key in metric.values}
         details |= found
-    return values, details
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    return values, details | ({"notes": notes} if notes else {})
 
 
 def get(name: str) -> Metric:
@@ -72,6 +85,12 @@ def get(name: str) -> Metric:
 
         raise ValueError(unknown("metric", name, METRICS))
     return METRICS[name]
+
+
+def of_folders() -> list[str]:
+    """Metrics that a folder of images can have: of features, a reference, or single images."""
+    able = OF_NETWORK | OF_REFERENCE | {"groups"}
+    return [name for name, metric in METRICS.items() if {*metric.needs} - {name} <= able]
 
 
 def needed(names: Iterable[str]) -> set[str]:
@@ -96,15 +115,16 @@ def _fd(given: Given) -> dict[str, Any]:
     from diffdistill.eval import fid
 
     features = given["features"]
-    fid.check_count(*features.shape)
     moments = fid.mean_and_cov(features)
-    return {"fd": fid.frechet_distance(given["mu"], given["sigma"], *moments)}
+    value = fid.frechet_distance(given["mu"], given["sigma"], *moments)
+    return {"fd": value, "notes": fid.bias_notes(*features.shape, given["m"])}
 
 
 def _fid50k(given: Given) -> dict[str, Any]:
     if (n := len(given["features"])) != 50_000:
         raise ValueError(f"FID-50k of {n} images. Give 50,000, or take the metric fid")
-    return {"fid50k": _fd(given)["fd"]}
+    found = _fd(given)
+    return {"fid50k": found.pop("fd")} | found
 
 
 def _kd(given: Given) -> dict[str, Any]:
@@ -114,11 +134,20 @@ def _kd(given: Given) -> dict[str, Any]:
     return {"kd": mean, "kd_std": std}
 
 
+def _equal(given: Given) -> tuple[Any, Any]:
+    """(reference, generated) features, as many of each; the latter are drawn with seed 0."""
+    import numpy as np
+
+    real, features = given["real"], given["features"]
+    k = min(len(real), len(features))
+    some = np.random.default_rng(0).permutation(len(features))[:k]
+    return real[:k], features[np.sort(some)]
+
+
 def _prdc(given: Given) -> dict[str, Any]:
     from diffdistill.eval.prdc import prdc
 
-    features = given["features"]
-    return dict(prdc(given["real"][: len(features)], features))
+    return dict(prdc(*_equal(given)))
 
 
 def _prdc_adm(given: Given) -> dict[str, Any]:
@@ -138,15 +167,15 @@ def _is(given: Given) -> dict[str, Any]:
 def _sfid(given: Given) -> dict[str, Any]:
     from diffdistill.eval import fid
 
-    moments = fid.mean_and_cov(given["spatial"])
-    return {"sfid": fid.frechet_distance(given["mu_s"], given["sigma_s"], *moments)}
+    spatial = given["spatial"]
+    value = fid.frechet_distance(given["mu_s"], given["sigma_s"], *fid.mean_and_cov(spatial))
+    return {"sfid": value, "notes": fid.bias_notes(*spatial.shape, given["m"])}
 
 
 def _cmmd(given: Given) -> dict[str, Any]:
     from diffdistill.eval.cmmd import cmmd
 
-    features = given["features"]
-    return {"cmmd": cmmd(given["real"][: len(features)], features)}
+    return {"cmmd": cmmd(*_equal(given))}
 
 
 def _authpct(given: Given) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class PickScore:
         self, folder: Path | str, processor: Path | str, *, device: str | torch.device = "cpu"
     ):
         self.net = HuggingFaceClip(folder, processor=processor, device=device)
-        self.name = f"pickscore:{weights.digest(folder)[:8]}"
+        self.name = f"pickscore:{self.net.name.partition(':')[2]}"
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> np.ndarray:
         """Logit scale * cosine, about 20 to 23."""
@@ -91,7 +91,7 @@ class Aesthetic:
     ):
         self.net = OpenClip(architecture, clip, device=device)
         self.head = _Head.load(weights.tensors(head), "layers.", head)
-        self.name = f"aesthetic:{weights.digest(head)[:8]}"
+        self.name = f"aesthetic:{weights.digest(head)[:8]}+{weights.digest(clip)[:8]}"
 
     def score(self, images: Tensor, prompts: Sequence[str] = ()) -> np.ndarray:
         """About 1 to 10."""
@@ -134,7 +134,8 @@ class ImageReward:
         self.tokenizer = BertTokenizer.from_pretrained(str(tokenizer), local_files_only=True)
         size = self.vision.config.image_size
         self.view = open_clip.image_transform(size, is_train=False)
-        self.name, self.device = f"imagereward:{weights.digest(path)[:8]}", device
+        self.name = f"imagereward:{weights.digest(path)[:8]}+{weights.text_digest(tokenizer)[:8]}"
+        self.device = device
 
     def score(self, images: Tensor, prompts: Sequence[str], batch: int = 32) -> np.ndarray:
         """Reward, about N(0, 1)."""

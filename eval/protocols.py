@@ -117,8 +117,8 @@ PROTOCOLS = {
 def get(name: str) -> Protocol:
     if name in FOLDERS:
         raise ValueError(
-            f"protocol {name} judges a folder of images, not a pipeline. Draw the images first, "
-            "and give their folder"
+            f"protocol {name} judges a folder of images, not a pipeline. Draw the images first "
+            "with diffdistill sample --folder DIR, and give that folder"
         )
     if name not in PROTOCOLS:
         raise ValueError(unknown("protocol", name, [*PROTOCOLS, *FOLDERS]))
@@ -138,10 +138,11 @@ class FolderProtocol:
         n: images; 0: all of the folder.
         m: images behind the reference; 0: as its file says.
         reference: what must be given, in words.
-        labels: distribution of the prompts or labels, in words.
+        labels: expected distribution of the prompts or labels, in words.
         view: function of `pixels` and its size, applied before the network's own resize; or none.
         side: px of the square images; 0: any size.
-        lossy: JPEG is as good as PNG.
+        lossy: whether JPEG is as good as PNG, for the images and for those of the reference.
+        subset: of a larger folder a random subset is taken, as in EDM; else the set is fixed.
     """
 
     network: str
@@ -152,26 +153,30 @@ class FolderProtocol:
     labels: str = "not known"
     view: tuple[str, int] | None = None
     side: int = 0
-    lossy: bool = False
+    lossy: tuple[bool, bool] = (False, True)
+    subset: bool = False
 
 
+_PNG = (False, False)
 _TF1, _CLEAN = "inception-legacy_tensorflow", "inception-clean"
 FOLDERS = {
     "edm-cifar10": FolderProtocol(
-        _TF1, n=50_000, m=50_000, side=32, reference="EDM's cifar10-32x32.npz",
+        _TF1, n=50_000, m=50_000, side=32, lossy=_PNG, subset=True,
+        reference="EDM's cifar10-32x32.npz",
         labels="drawn uniformly from the generator of the image, where there are any",
     ),
     "edm-imagenet64": FolderProtocol(
-        _TF1, n=50_000, m=1_281_167, side=64, labels="drawn uniformly",
+        _TF1, n=50_000, m=1_281_167, side=64, lossy=_PNG, subset=True, labels="drawn uniformly",
         reference="EDM's imagenet-64x64.npz, which is not the baseline's",
     ),
     "edm2-imagenet512": FolderProtocol(
-        _TF1, n=50_000, m=1_281_167, side=512, labels="drawn uniformly",
+        _TF1, n=50_000, m=1_281_167, side=512, lossy=_PNG, subset=True, labels="drawn uniformly",
         reference="mu and sigma of fid in EDM2's img512.pkl, stored as npz",
     ),
     "adm-imagenet256": FolderProtocol(
         "inception-adm", ("is", "fid", "sfid", "prdc-adm"), n=50_000, m=1_281_167, side=256,
-        reference="ADM's VIRTUAL_imagenet256_labeled.npz", labels="50 images of each class",
+        lossy=_PNG, reference="ADM's VIRTUAL_imagenet256_labeled.npz",
+        labels="50 images of each class",
     ),
     "coco2014-30k": FolderProtocol(
         _CLEAN, n=30_000, m=40_504, view=("lanczos", 256),
@@ -199,11 +204,18 @@ FOLDERS = {
         labels="the 30,000 prompts of meta_data.json",
     ),
     "mjhq30k-sana": FolderProtocol(
-        "inception-legacy_pytorch", n=30_000, m=30_000, view=("short_side", 512), lossy=True,
+        "inception-legacy_pytorch", n=30_000, m=30_000, view=("short_side", 512),
+        lossy=(True, True),
         reference="statistics of MJHQ-30K's images under this protocol",
         labels="the 30,000 prompts of meta_data.json",
     ),
-    "custom-folder": FolderProtocol(""),
+    "hpsv2-3200": FolderProtocol(
+        "", ("hpsv2.1",), n=3200,
+        labels="the 3,200 prompts of HPSv2's benchmark, 800 of each style",
+    ),
+    # one's own data; a name says where the statistics come from: images (--write-reference), a file
+    "custom-folder": FolderProtocol("", subset=True),
+    "custom-stats": FolderProtocol("", subset=True),
 }  # fmt: skip
 
 
@@ -267,9 +279,10 @@ def write_reference(name: str, path: Path | None = None) -> Path:
 
 
 def teacher_rows(name: str) -> list[dict[str, Any]]:
-    """Evaluations of the protocol's teacher at 1, 2, 4 and full steps, as shipped."""
+    """Evaluations of the protocol's teacher at 1, 2, 4 and full steps, with its weights."""
     path = assets.path("reference", f"{name}.json")
-    return json.loads(path.read_text())["rows"] if path.is_file() else []
+    stored = json.loads(path.read_text()) if path.is_file() else {"rows": []}
+    return [row | {"weights": stored["weights"]} for row in stored["rows"]]
 
 
 def write_teacher_rows(name: str) -> Path:

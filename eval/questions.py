@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 GENEVAL2_SUFFIX = " Answer in one word."  # after every question; the judge writes one greedy token
-GENEVAL2_PROMPTS, DPG_PROMPTS = 800, 1065
+GENEVAL2_PROMPTS, DPG_PROMPTS, DPG_IMAGES = 800, 1065, 4
 _NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
@@ -133,12 +133,14 @@ def dpg(
     (the published code: of the last one).
 
     Returns:
+        protocol: dpg for 4 images of each of the 1,065 prompts. n, images: of those scored.
         score: 0..100. categories: by the word before " - ". details: by the full category.
     """
     strange = sorted({*answers} - {*questions})
     if strange:
         raise ValueError(f"answers for {strange[0]!r}, no prompt of the data. Check the file names")
     scores: list[float] = []
+    counts: list[int] = []
     broad, detailed = defaultdict(list), defaultdict(list)
     failed: dict[str, str] = {}
     for name, asked in questions.items():
@@ -147,6 +149,7 @@ def dpg(
         if name in failed:
             continue
         scores.append(_mean(_with_parents(asked, image) for image in images))
+        counts.append(len(images))
         for image in images:
             for q in asked:
                 right = float(image[q.id] == "yes")
@@ -155,9 +158,10 @@ def dpg(
     if not scores:
         raise ValueError(f"no prompt has answers to all its questions. First: {failed}"[:300])
     return {
-        "protocol": _protocol("dpg", len(scores), DPG_PROMPTS),
+        "protocol": _dpg_protocol(counts),
         "judge": judge,
         "n": len(scores),
+        "images": sum(counts),
         "failed": failed,
         "score": 100 * _mean(scores),
         "categories": {k: 100 * _mean(v) for k, v in sorted(broad.items())},
@@ -256,6 +260,14 @@ def _read(path: str | Path, what: str) -> str:
 
 def _protocol(name: str, n: int, whole: int) -> str:
     return name if n == whole else f"{name}/n={n}"
+
+
+def _dpg_protocol(counts: Sequence[int]) -> str:
+    """From the images of each prompt."""
+    per_prompt = sorted({*counts})
+    if per_prompt == [DPG_IMAGES]:
+        return _protocol("dpg", len(counts), DPG_PROMPTS)
+    return f"dpg/n={len(counts)}x{'-'.join(map(str, per_prompt))}"
 
 
 def _mean(values: Iterable[float]) -> float:

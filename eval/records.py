@@ -18,16 +18,16 @@ class Record:
     protocol: str
     feature_net: str  # name:hash of the weights
     n: int  # generated images
-    m: int  # reference images; 0 for metrics without a reference
+    m: int  # reference images; 0: no reference, or its file does not say
     reference: str  # hash of the reference statistics; "" without
     resize: str = "none"
     seeds: str = "i"  # sample i is drawn from a generator seeded with i
     labels: str = ""  # distribution of prompts or labels
     device: str = "cpu"
     dtype: str = "float32"
-    steps: int = 0
-    nfe: int = 0  # network passes per image
-    guidance: float = 0.0
+    steps: int | None = None  # None here and below: not known
+    nfe: int | None = None  # network passes per image
+    guidance: float | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
 

@@ -45,6 +45,7 @@ class Run:
     """What a run directory says."""
 
     path: Path
+    name: str  # of the folder; with parents where several runs have one name
     status: str  # finished, failed, unfinished
     failure: str
     info: dict[str, Any]  # student/diffdistill.json
@@ -55,10 +56,6 @@ class Run:
     teacher_grid: Path | None
     config: str
     lock: str
-
-    @property
-    def name(self) -> str:
-        return self.path.name
 
     @property
     def records(self) -> list[Record]:
@@ -73,7 +70,9 @@ class Row:
     label: str
     records: list[Record] = field(default_factory=list)
     teacher: str = ""  # its name; "": this is a student
+    weights: dict[str, str] | None = None  # of a teacher: file -> hash
     tasks: dict[str, float] = field(default_factory=dict)
+    kd_std: float | None = None  # over subsets
 
 
 @dataclass
@@ -91,7 +90,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> P
     Args:
         out: folder; None: `report/` of the first run.
     """
-    read = [read_run(Path(r)) for r in runs]
+    read = told_apart([read_run(Path(r)) for r in runs])
     if not read:
         raise ValueError("no run given. Usage: diffdistill report RUN [RUN ...]")
     folder = Path(out) if out is not None else read[0].path / "report"
@@ -140,6 +139,7 @@ def read_run(path: Path) -> Run:
     grids = sorted((path / "samples").glob("teacher*.png"))
     return Run(
         path=path.resolve(),
+        name=path.resolve().name,
         status="failed" if failed.is_file() else status,
         failure=_text(failed),
         info=json.loads(info.read_text()) if info.is_file() else {},
@@ -153,9 +153,22 @@ def read_run(path: Path) -> Run:
     )  # fmt: skip
 
 
+def told_apart(runs: list[Run]) -> list[Run]:
+    """The runs, each once, under the shortest ends of their paths that differ."""
+    runs = list({run.path: run for run in runs}.values())
+    depth, ends = 1, lambda n: ["/".join(run.path.parts[-n:]) for run in runs]
+    while len({*ends(depth)}) < len(runs):
+        depth += 1
+    for run, name in zip(runs, ends(depth), strict=True):
+        run.name = name
+    return runs
+
+
 def teacher_rows(protocol: str) -> list[Row]:
     """The shipped scores of the protocol's teachers, fewest passes first; none for others."""
-    rows = [_teacher(made, _steps(made["steps"])) for made in _shipped(protocol).get("rows", [])]
+    stored = _shipped(protocol)
+    made = stored.get("rows", [])
+    rows = [_teacher(row, _steps(row["steps"]), stored["weights"]) for row in made]
     return sorted(rows, key=lambda row: row.records[0]["nfe"])
 
 
@@ -171,7 +184,10 @@ def world(protocol: str) -> World:
     elif stored.get("weights") != teachers.get("weights"):
         found.missing = f"that of {protocol} is of other weights. To make it again: {command}"
     else:
-        rows = [_teacher(r, f"guidance {r['records'][0]['guidance']:g}") for r in stored["rows"]]
+        rows = [
+            _teacher(row, f"guidance {row['records'][0]['guidance']:g}", stored["weights"])
+            for row in stored["rows"]
+        ]
         found.curve = sorted(rows, key=lambda row: row.records[0]["guidance"])
     return found
 
@@ -181,9 +197,10 @@ def _shipped(name: str) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def _teacher(made: Mapping[str, Any], how: str) -> Row:
-    name = made["pipeline"]
-    return Row(f"{name}, {how}", made["records"], teacher=name, tasks=made.get("tasks", {}))
+def _teacher(made: Mapping[str, Any], how: str, weights: dict[str, str]) -> Row:
+    name, tasks = made["pipeline"], made.get("tasks", {})
+    label, std = f"{name}, {how}", made.get("kd_std")
+    return Row(label, made["records"], name, weights, tasks, std)
 
 
 def _read_log(file: Path) -> tuple[list[dict[str, Any]], int]:
@@ -210,11 +227,12 @@ def _step(path: Path) -> int:
 
 def full_teacher(run: Run, record: Record, worlds: Mapping[str, World]) -> Record | None:
     """The comparable number of the run's own teacher with the most network passes."""
+    own = run.info.get("teacher"), run.info.get("teacher_weights")
     found = [
         r
         for row in worlds[record["protocol"]].teachers
         for r in row.records
-        if row.teacher == run.info.get("teacher") and key(r) == key(record)
+        if (row.teacher, row.weights) == own and key(r) == key(record)
     ]
     return max(found, key=lambda r: r["nfe"]) if found else None
 
@@ -381,9 +399,7 @@ def comparison(protocol: str, teacher: Sequence[Row], runs: Sequence[Run]) -> st
     for row in rows:
         values = {key(r): r for r in row.records}
         first = row.records[0]
-        cells = "".join(
-            f"<td>{number(values[c]['value']) if c in values else ''}</td>" for c in columns
-        )
+        cells = "".join(f"<td>{_cell(row, values.get(c))}</td>" for c in columns)
         what = "teacher" if row.teacher else "student"
         lines.append(
             f'<tr class="{what}"><th>{esc(row.teacher or row.label)} <i>{what}</i></th>'
@@ -404,13 +420,21 @@ def comparison(protocol: str, teacher: Sequence[Row], runs: Sequence[Run]) -> st
     )
 
 
+def _cell(row: Row, record: Record | None) -> str:
+    if record is None:
+        return ""
+    spread = f" ± {number(row.kd_std)}" if record["metric"] == "kd" and row.kd_std else ""
+    return number(record["value"]) + spread
+
+
 def students(protocol: str, runs: Sequence[Run]) -> list[Row]:
     """The newest evaluation of each run, if it was made under the protocol."""
     rows = []
     for run in runs:
-        tasks = run.evals[max(run.evals)].get("tasks", {}) if run.evals else {}
+        made = run.evals[max(run.evals)] if run.evals else {}
         found = [r for r in run.records if r["protocol"] == protocol]
-        rows += [Row(run.name, found, tasks=tasks)] if found else []
+        extra = {"tasks": made.get("tasks", {}), "kd_std": made.get("kd_std")}
+        rows += [Row(run.name, found, **extra)] if found else []
     return rows
 
 
@@ -683,10 +707,9 @@ def _png(data: bytes) -> str:
 
 def curves(run: Run, worlds: Mapping[str, World]) -> str:
     """Metrics, losses and gradient norms against images seen."""
-    batch = run.info.get("train", {}).get("batch_size")
-    charts = []
+    charts, batch = [], batch_size(run)
     for r in run.records:
-        points = metric_points(run, r, batch)
+        points = metric_points(run, r)
         if len(points) > 1 and r["metric"] in CURVES:
             full = full_teacher(run, r, worlds)
             panel = _panel(r, [Line(run.name, points, 0)], [run])
@@ -699,14 +722,14 @@ def curves(run: Run, worlds: Mapping[str, World]) -> str:
             if "/" not in column or not isinstance(value, (int, float)):
                 continue
             group, item = column.split("/", 1)
-            point = (row.get("images", row["step"]), value)
+            point = (row["step"] * (batch or 1), value)
             if item == "grad_norm":
                 norms.setdefault(group, []).append(point)
             elif item not in NOT_LOSSES:
                 logged.setdefault(column, []).append(point)
     charts += [(column, Panel("", _lines({column: made}), "")) for column, made in logged.items()]
     charts += [("gradient norm", Panel("", _lines(norms), ""))] if norms else []
-    shown = [chart(title, panel) for title, panel in charts]
+    shown = [chart(title, panel, "images seen" if batch else "steps") for title, panel in charts]
     note = ""
     if run.damaged:
         note = f'<p class="dim small">damaged lines of metrics.jsonl, left out: {run.damaged}</p>'
@@ -720,22 +743,29 @@ def _lines(series: Mapping[str, Points]) -> list[Line]:
     ]
 
 
-def chart(title: str, panel: Panel) -> str:
-    """A small figure against images seen; nothing where no value is finite."""
+def chart(title: str, panel: Panel, axis: str) -> str:
+    """A small figure against images seen or steps; nothing where no value is finite."""
     panel.lines = [line for line in panel.lines if line.points]
     if not panel.lines:
         return ""
-    panel.x = "images seen"
+    panel.x = axis
     return (
         f'<figure class="chart"><figcaption>{esc(title)}</figcaption>'
         f'<img alt="{esc(title)}" src="{figures.small(panel)}"></figure>'
     )
 
 
-def metric_points(run: Run, record: Record, batch: int | None) -> Points:
-    """The numbers comparable to `record` of all evaluations of a run, by images seen."""
+def batch_size(run: Run) -> int | None:
+    """Images per step, from the student's card or, of an unfinished run, from its log."""
+    logged = [row["images"] // row["step"] for row in run.log if row["step"] and "images" in row]
+    return run.info.get("train", {}).get("batch_size", logged[0] if logged else None)
+
+
+def metric_points(run: Run, record: Record) -> Points:
+    """The numbers comparable to `record` of all evaluations of a run, by images seen or steps."""
+    batch = batch_size(run) or 1
     return [
-        (step * (batch or 1), r["value"])
+        (step * batch, r["value"])
         for step in sorted(run.evals)
         for r in run.evals[step]["records"]
         if key(r) == key(record)

@@ -2,7 +2,8 @@
 
 A row is one trained student (or the teacher at some number of steps). It holds `metrics` (name ->
 value), the fields that all records of its evaluation share, the others in `details` by metric, and
-what the student cost.
+what the student cost. Rows are seeds of one entry only if `asked`, the hash of all else that was
+asked for, is the same.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def packed(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     names = [k for k in records[0] if k not in ("metric", "value")]
     shared = {k: records[0][k] for k in names if all(r[k] == records[0][k] for r in records)}
     details = {r["metric"]: {k: r[k] for k in names if k not in shared} for r in records}
+    shared["n"] = max(r["n"] for r in records)  # images; metrics of equal counts may take fewer
     return shared | {"metrics": {r["metric"]: r["value"] for r in records}, "details": details}
 
 
@@ -60,13 +62,15 @@ def groups(rows: Iterable[Row]) -> list[list[Row]]:
     rows = list(rows)
     for row in (r for r in rows if r["method"] != TEACHER):
         for group in found:
-            if all(group[0][k] == row[k] for k in SAME) and alike(group[0], row):
+            if all(group[0][k] == row[k] for k in SAME) and all(alike(r, row) for r in group):
                 group.append(row)
                 break
         else:
             found.append([row])
     for group in found:
-        group += [r for r in rows if r["method"] == TEACHER and alike(group[0], r)]
+        files = group[0]["teacher_files"]
+        taught = [r for r in rows if r["method"] == TEACHER and r["teacher_files"] == files]
+        group += [r for r in taught if all(alike(student, r) for student in group)]
     return found
 
 
@@ -96,8 +100,13 @@ def lines(group: Iterable[Row]) -> list[Line]:
     """Entries of a group, best FD first."""
     seeds: dict[tuple, list[Row]] = {}
     for row in group:
-        seeds.setdefault((row["entry"], row["method"], row["steps"]), []).append(row)
-    found = [Line(entry, method, tuple(rows)) for (entry, method, _), rows in seeds.items()]
+        named = row["league"], row["entry"], row["method"]
+        seeds.setdefault((*named, row["steps"], row["asked"]), []).append(row)
+    many = len({league for league, *_ in seeds if league}) > 1
+    found = [
+        Line(f"{league}/{entry}" if many and league else entry, method, tuple(rows))
+        for (league, entry, method, *_), rows in seeds.items()
+    ]
     return sorted(found, key=lambda line: line.fd)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from diffdistill import assets
 from diffdistill.eval import standings
 from diffdistill.eval.protocols import PROTOCOLS, teacher_rows
+from diffdistill.eval.records import key
 
 SHOWN = ("fd", "recall", "coverage", "diversity", "vendi_prompt", "clip", "geneval", "accuracy")
 
@@ -44,6 +45,14 @@ def _table(protocol: str) -> str:
     first = rows[0][1]["records"][0]
     counts = {m: next(v[m]["n"] for v in numbers if m in v) for m in shown}
     few = {m: f" (n = {counts[m]})" for m in shown if counts[m] != first["n"]}
+    keys: dict[str, tuple] = {}
+    for name, row in rows:
+        for r in row["records"]:
+            if keys.setdefault(r["metric"], key(r)) != key(r):
+                raise ValueError(
+                    f"{r['metric']} of {name} under {protocol} cannot be compared with that of the "
+                    "rows above. Make them again"
+                )
     lines = [
         f"Protocol `{protocol}`, n = {first['n']}, features `{first['feature_net']}`, floor FD "
         f"{rows[0][1]['floor_fd']:.2f}:",

@@ -7,6 +7,7 @@ A network is given by a local path, or by a name of `SOURCES`, which is looked f
 from __future__ import annotations
 
 import hashlib
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,12 @@ def find(name: str, path: Path | str | None = None, *, allow_download: bool = Fa
     if path is not None:
         place = Path(path).expanduser()
         there = place.is_file() if single else place.is_dir()
+        if there and source.sha256 and not digest(place).startswith(source.sha256):
+            warnings.warn(
+                f"{place} has another SHA-256 than {source.address}{source.files[0]}, which begins "
+                f"with {source.sha256[:8]}: its numbers compare with no published ones",
+                stacklevel=2,
+            )
     else:
         folder = _cache() if single else _cache() / name
         place = folder / source.files[0] if single else folder
@@ -141,6 +148,14 @@ def digest(path: Path | str) -> str:
         with open(file, "rb") as stream:
             while block := stream.read(_READ):
                 total.update(block)
+    return total.hexdigest()
+
+
+def text_digest(folder: Path | str) -> str:
+    """SHA-256 of the names and contents of a processor's or tokenizer's text files, as hex."""
+    total = hashlib.sha256()
+    for file in sorted(p for p in Path(folder).iterdir() if p.suffix in (".json", ".txt")):
+        total.update(file.name.encode() + file.read_bytes())
     return total.hexdigest()
 
 

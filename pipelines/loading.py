@@ -142,6 +142,11 @@ class Generator:
                 output_type="pt",
                 **self.call,
             ).images
+            if not images.isfinite().all():
+                raise ValueError(
+                    f"{self.info['name']} draws values that are not finite. Its weights are "
+                    "damaged or diverged; if they are float16, try float32"
+                )
             parts.append((255 * images.float() + 0.5).clamp(0, 255).to(torch.uint8).cpu())
         return torch.cat(parts)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -178,6 +179,12 @@ def test_list_metrics_is_the_registry_and_imports_no_torch(capsys):
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert list(rows) == list(METRICS)
     assert rows["prdc"]["numbers"] == ["precision", "recall", "density", "coverage"]
+    assert {name: rows[name]["available"] for name in ("fid", "geneval", "vendi", "lpips")} == {
+        "fid": ["pipelines of the embedded worlds", "folders of images"],
+        "geneval": ["pipelines of the embedded worlds", "folders of GenEval"],
+        "vendi": ["folders of images"],
+        "lpips": ["Python only (diffdistill.eval.metrics.measure)"],
+    }
     assert rows["fid"]["paper"] == "arXiv 1706.08500" and rows["accuracy"]["paper"] == ""
     code = "import sys\nfrom diffdistill import cli\ncli.main(['list', 'metrics'])\n"
     code += "assert not {'torch', 'numpy'} & set(sys.modules)"
@@ -287,6 +294,23 @@ def test_sample_prompts_are_used_in_turn(fakes, capsys):
     assert [int(picture[0, 98 * i, 0]) for i in range(3)] == [5, 6, 7]
 
 
+def test_sample_into_a_folder(fakes, capsys):
+    fakes["student"].pipe = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+    fakes["student"].nfe = lambda steps=None: 1
+    fakes["student"].info |= {"steps": 1, "guidance": 0}
+    argv = ["sample", "student", "--folder", "d", "--prompt", "a", "--num", "3", "--seed", "5"]
+    assert cli.main(argv) == 0
+    assert capsys.readouterr().out == "d: 3 images drawn, 0 were there\n"
+    assert cli.main(argv) == 0 and len(fakes["student"].calls) == 1
+    assert int(pixels("d/00007.png")[0, 0, 0]) == 7 and not Path("grid.png").exists()
+    few = [{"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "p"}]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffdistill.eval.geneval_prompts.records", lambda: few)
+        assert cli.main(["sample", "student", "--folder", "g", "--geneval"]) == 0
+    assert fakes["student"].calls[-1][:2] == (["p"] * 4, [0, 1, 2, 3])
+    assert json.loads(Path("g/source.json").read_text())["nfe"] == 1
+
+
 def test_sample_with_the_teacher_beside(fakes):
     assert cli.main(["sample", "student", "--prompt", "a", "--num", "5", "--teacher"]) == 0
     assert fakes["t"].calls == [(["a"] * 5, [0, 1, 2, 3, 4], None)]
@@ -322,6 +346,9 @@ def test_sample_prompts_from_a_file(fakes, tmp_path):
         (["edm", "--labels", "1,x"], "'x'"),
         (["student", "--prompt", "a", "--labels", "1"], "both prompts and labels"),
         (["student", "--num", "0"], "--num is 0"),
+        (["student", "--geneval"], "Give --folder DIR alone"),
+        (["student", "--geneval", "--folder", "d", "--num", "3"], "Give --folder DIR alone"),
+        (["student", "--teacher", "--folder", "d"], "the teacher its own folder"),
     ],
 )
 def test_sample_refuses(argv, words, fakes, capsys):

@@ -9,7 +9,7 @@ import torch
 from diffdistill.eval.cmmd import cmmd
 from diffdistill.eval.diversity import LPIPS, pairwise, pairwise_cosine, vendi, vendi_within
 from diffdistill.eval.fid import (
-    check_count,
+    bias_notes,
     frechet_distance,
     frechet_distance_of_features,
     mean_and_cov,
@@ -118,9 +118,10 @@ def test_repeated_evaluations_give_minimum_and_mean():
         minimum_and_mean([2.0])
 
 
-def test_few_samples_for_the_dimension_are_warned_about():
-    with pytest.warns(UserWarning, match="100 samples in 64 dimensions"):
-        check_count(100, 64)
+def test_few_samples_for_the_dimension_are_told():
+    assert "100 samples in 64 dimensions" in bias_notes(100, 64)[0]
+    assert "639 samples in 64 dimensions" in bias_notes(50_000, 64, m=639)[0]
+    assert bias_notes(640, 64) == bias_notes(640, 64, m=640) == []
 
 
 def test_fd_refuses_what_it_cannot_compare():

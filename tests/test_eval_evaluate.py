@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from collections import Counter
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from diffdistill.eval import (
     protocols,
     shapes_detector,
 )
+from diffdistill.eval import evaluate as evaluate_module
 from diffdistill.eval.evaluate import GROUPS, evaluate
 from diffdistill.eval.features import FashionClassifier, ShapesClip
 
@@ -124,6 +126,8 @@ def test_numbers_are_those_of_the_functions_on_the_same_features():
 
 def test_groups_are_the_registrys_and_cover_the_protocols():
     assert list(GROUPS) == list(metrics.METRICS) and GROUPS["prdc"][1] == "recall"
+    used = {number for rules in protocols.PROTOCOLS.values() for number in rules.metrics}
+    assert {name for name, numbers in GROUPS.items() if {*numbers} & used} == {*metrics.WORLDS}
     known = {number for numbers in GROUPS.values() for number in numbers}
     assert all(set(rules.metrics) <= known for rules in protocols.PROTOCOLS.values())
     few = evaluate(Fake(real), n=60, metrics=["clip", "prdc"])
@@ -271,6 +275,51 @@ def test_fashion_protocol_with_its_own_files(tmp_path, monkeypatch):
     assert got["accuracy"] == pytest.approx(right.double().mean().item())
     features = net.features(toy(400, 0)), net.features(images)
     assert got["fd"] == pytest.approx(fid.frechet_distance_of_features(*features), rel=1e-6)
+
+
+@pytest.mark.parametrize("make", [ShapesClip, FashionClassifier.load])
+def test_wrong_precision_of_a_caller_does_not_reach_the_judges(make):
+    net, shape = make(), (3, 32, 32) if make is ShapesClip else (1, 28, 28)
+    images = torch.arange(4 * math.prod(shape)).reshape(4, *shape).remainder(251).byte()
+    before = net.features(images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert np.array_equal(net.features(images), before)
+        if make is ShapesClip:
+            inside = net.text(["a red circle"])
+        else:
+            inside = net.confidence(images).numpy()
+    outside = net.text(["a red circle"]) if make is ShapesClip else net.confidence(images).numpy()
+    assert np.array_equal(inside, outside)
+
+
+def test_samples_of_another_scheduler_are_others():
+    from diffdistill.pipelines.loading import load_pipeline
+
+    pipe = load_pipeline("fashion-edm").pipe
+    first = evaluate_module.digest(pipe, [])
+    assert evaluate_module.digest(load_pipeline("fashion-edm").pipe, []) == first
+    pipe.scheduler.register_to_config(s_churn=0.0)
+    second = evaluate_module.digest(pipe, [])
+    pipe.register_to_config(sigma_data=0.6)
+    assert len({first, second, evaluate_module.digest(pipe, []), 0}) == 4
+
+
+def test_wrong_results_are_never_overwritten(tmp_path):
+    out, first = tmp_path / "x.json", Fake(real)
+    ask = {"metrics": ["geneval"], "n": 60, "out": out, "samples": tmp_path}
+    made = evaluate(first, **ask)
+    assert evaluate(Fake(real), **ask)["records"] == made["records"]
+    assert (tmp_path / made["samples"] / "000000.npy").is_file()
+    other, kept = Fake(real), out.read_text()
+    other.info = other.info | {"times": [999]}
+    for generator, change, words in (
+        (other, {}, "another samples: 'fake-"),
+        (first, {"n": 61}, "another protocol: 'shapes-v1/n"),
+    ):
+        generator.asked.clear()
+        with pytest.raises(ValueError, match=f"x.json holds the numbers of {words}"):
+            evaluate(generator, **ask | change)
+        assert not generator.asked and out.read_text() == kept
 
 
 def test_missing_files_are_named(tmp_path, monkeypatch):

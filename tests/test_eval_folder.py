@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from diffdistill.eval import (
     prdc,
     preference,
     protocols,
+    questions,
     statistics,
     weights,
 )
@@ -128,13 +130,39 @@ def test_the_table_is_that_of_the_papers():
         "coco2017-5k": (clean, ("lanczos", 256), 5000, 5000, 0),
         "mjhq30k-cleanfid": (clean, None, 30_000, 30_000, 1024),
         "mjhq30k-sana": ("inception-legacy_pytorch", ("short_side", 512), 30_000, 30_000, 0),
+        "hpsv2-3200": ("", None, 3200, 0, 0),
         "custom-folder": ("", None, 0, 0, 0),
+        "custom-stats": ("", None, 0, 0, 0),
     }
     for rules in protocols.FOLDERS.values():
         assert not rules.network or rules.network in networks.NETWORKS
         assert not rules.view or callable(getattr(pixels, rules.view[0]))
         assert metrics.needed(rules.metrics)
-    assert [n for n, r in protocols.FOLDERS.items() if r.lossy] == ["mjhq30k-sana"]
+    assert [n for n, r in protocols.FOLDERS.items() if r.lossy[0]] == ["mjhq30k-sana"]
+    edm = ["edm-cifar10", "edm-imagenet64", "edm2-imagenet512"]
+    assert [n for n, r in table_of("lossy") if not r[1]] == [*edm, "adm-imagenet256"]
+    assert [n for n, r in table_of("subset") if r] == [*edm, "custom-folder", "custom-stats"]
+
+
+def table_of(name):
+    return [(protocol, getattr(rules, name)) for protocol, rules in protocols.FOLDERS.items()]
+
+
+def test_every_protocol_of_the_papers_has_its_id():
+    wanted = {
+        "edm-cifar10", "edm-imagenet64", "edm2-imagenet512", "adm-imagenet256", "coco2014-30k",
+        "coco2014-10k-sdxl", "coco2017-5k", "mjhq30k-cleanfid", "mjhq30k-sana", "geneval",
+        "geneval2", "dpg", "hpsv2-3200", "vbench", "custom-folder", "custom-stats",
+    }  # fmt: skip
+    asked = {str(i): [questions.Question(1, "", "x", ())] for i in range(1065)}
+    of_questions = {
+        questions.dpg(asked, {k: [{1: "yes"}] * 4 for k in asked}, judge="")["protocol"],
+        questions.soft_tifa(
+            [{"prompt": "", "atom_count": 1, "skills": ["x"]}] * 800, [[1]] * 800, judge=""
+        )["protocol"],
+        questions.vbench({d: high for d, (_, high, _) in questions.VBENCH.items()})["protocol"],
+    }
+    assert wanted == {*protocols.FOLDERS, *of_questions, "geneval"} - {"coco2014-10k-sdxl-patch"}
 
 
 @pytest.mark.filterwarnings("ignore:a Frechet distance")
@@ -146,10 +174,13 @@ def test_a_named_protocol_is_applied_and_recorded(stubs, capsys):
     (record,) = result["records"]
     digest = weights.digest("cifar10-32x32.npz")[:12]
     want = {
-        "metric": "fd", "protocol": "edm-cifar10", "feature_net": stubs[0].name, "n": 24, "m": 100,
+        "metric": "fd", "protocol": "edm-cifar10", "feature_net": stubs[0].name, "n": 24, "m": 0,
         "resize": "stub-2", "reference": digest, "seeds": "not known", "device": "cpu",
-        "labels": protocols.FOLDERS["edm-cifar10"].labels,
+        "labels": f"expected: {protocols.FOLDERS['edm-cifar10'].labels}", "steps": None,
+        "nfe": None, "guidance": None,
     }  # fmt: skip
+    assert {"numpy", "Pillow", "clean-fid"} <= record["versions"].keys()
+    assert "24 samples in 5 dimensions" in result["notes"][0]
     assert {key: record[key] for key in want} == want
     assert torch.equal(torch.stack(stubs[0].seen), made)
     real = statistics.load("cifar10-32x32.npz")
@@ -228,6 +259,85 @@ def test_a_larger_folder_gives_edms_subset_and_a_smaller_one_is_refused(stubs, c
 
 
 @pytest.mark.filterwarnings("ignore:a Frechet distance")
+def test_wrong_parts_of_a_fixed_set_are_refused(stubs, capsys):
+    put("a", images(40))
+    coco = ("--protocol", "coco2014-30k", *GIVEN)
+    stats("r.npz")
+    assert "takes 24, of a fixed set" in refused(capsys, "a", *coco, "--reference", "r.npz")
+    argv = (*coco, "--reference", "r.npz", "--num", "30")
+    assert "takes 30, of a fixed set" in refused(capsys, "a", *argv)
+    put("b", images(30))
+    assert run(capsys, "b", *argv)["protocol"] == "coco2014-30k/n=30"
+    put("real", images(101), ending="jpg")
+    assert "takes 100, of a fixed" in refused(capsys, "real", *coco, "--write-reference", "x.npz")
+    assert "is lossy" in refused(capsys, "real", *EDM, "--write-reference", "x.npz")
+    assert not Path("x.npz").exists()
+
+
+@pytest.mark.filterwarnings("ignore:a Frechet distance")
+def test_few_images_get_the_kernel_distance_too(stubs, capsys):
+    put("a", images(30))
+    stats("r.npz", feats=np.random.default_rng(0).normal(size=(60, 5)))
+    argv = ("a", "--protocol", "custom-stats", "--network", TF1, *GIVEN, "--reference", "r.npz")
+    assert [r["metric"] for r in run(capsys, *argv)["records"]] == ["fd", "kd"]
+    only = run(capsys, *argv, "--metrics", "fid")
+    assert [r["metric"] for r in only["records"]] == ["fd"]
+
+
+@pytest.mark.filterwarnings("ignore:a Frechet distance")
+def test_a_sorted_reference_is_taken_in_random_order(stubs, capsys):
+    put("a", made := images(24))
+    feats = np.concatenate(
+        [Stub("weights.pt").features(images(40, seed=1)), np.full((40, 5), 99.0)]
+    )
+    stats("r.npz", feats=feats)
+    argv = ("--protocol", "custom-stats", "--network", TF1, *GIVEN, "--metrics", "prdc")
+    rows = run(capsys, "a", *argv, "--reference", "r.npz")["records"]
+    got = {r["metric"]: r["value"] for r in rows}
+    mixed = feats[np.random.default_rng(0).permutation(80)][:24]
+    f = Stub("weights.pt").features(made)
+    assert got == prdc.prdc(mixed, f)
+    assert got["coverage"] != prdc.prdc(feats[:24], f)["coverage"]
+
+
+def test_a_reference_for_cmmd_keeps_more_features(stubs, capsys, monkeypatch):
+    monkeypatch.setitem(
+        networks.NETWORKS, folder.CMMD, ("clip-vitl14-336", lambda path, device: Stub(path))
+    )
+    monkeypatch.setattr(folder, "KEPT", 10)
+    monkeypatch.setattr(folder, "KEPT_CMMD", 25)
+    put("real", images(30))
+    kept = {}
+    for name, file in ((TF1, "inception-torchscript"), (folder.CMMD, "clip-vitl14-336")):
+        argv = ("--protocol", "custom-folder", "--network", name, "--weights", f"{file}=weights.pt")
+        run(capsys, "real", *argv, "--write-reference", "ref.npz")
+        with np.load("ref.npz") as stored:
+            kept[name] = len(stored["feats"])
+    assert kept == {TF1: 10, folder.CMMD: 25}
+
+
+def test_the_benchmark_of_hps_has_a_table_of_styles(stubs, monkeypatch, capsys):
+    class Judge:
+        name = "judge:0"
+
+        def score(self, images, prompts):
+            return np.array([float(p) for p in prompts])
+
+    monkeypatch.setattr(preference, "scorer", lambda *args, **how: Judge())
+    rules = protocols.FOLDERS["hpsv2-3200"]
+    monkeypatch.setitem(protocols.FOLDERS, "hpsv2-3200", replace(rules, n=20))
+    put("a", images(20))  # two folders of ten
+    for i, file in enumerate(sorted(Path("a").rglob("*.png"))):
+        file.with_suffix(".txt").write_text(str(i))
+    result = run(capsys, "a", "--protocol", "hpsv2-3200", "--weights", "hpsv2.1=weights.pt")
+    assert result["records"][0]["protocol"] == "hpsv2-3200"
+    table = result["hpsv2.1_table"]
+    assert table["mean"] == 9.5 and {k: v["mean"] for k, v in table["styles"].items()} == {
+        "00": 4.5, "01": 14.5,
+    }  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:a Frechet distance")
 def test_adm_measures_all_of_its_numbers_from_one_pass(stubs, capsys, monkeypatch):
     rules = replace(protocols.FOLDERS["adm-imagenet256"], side=0)
     monkeypatch.setitem(protocols.FOLDERS, "adm-imagenet256", rules)
@@ -239,7 +349,7 @@ def test_adm_measures_all_of_its_numbers_from_one_pass(stubs, capsys, monkeypatc
     result = run(capsys, "a", *argv, "--reference", "ref.npz")
     rows = {r["metric"]: r for r in result["records"]}
     assert {k: r["m"] for k, r in rows.items()} == {
-        "is": 0, "fd": 100, "sfid": 100, "precision_adm": 30, "recall_adm": 30,
+        "is": 0, "fd": 0, "sfid": 0, "precision_adm": 30, "recall_adm": 30, "kd": 30,
     }  # fmt: skip
     assert len(stubs[0].seen) == 30 + 24 and not rows["is"]["reference"]
     a, b = (Taps("weights.pt").features(x) for x in (real, made))
@@ -296,6 +406,7 @@ def test_missing_weights_say_where_from_and_how_to_get_them(stubs, capsys):
     ("change", "words"),
     [
         (lambda f: Image.open(f).save(f.with_suffix(".jpg")), "is lossy"),
+        (lambda f: Image.open(f).save(f.with_suffix(".bmp")), "is not read"),
         (lambda f: Image.new("RGB", (32, 33)).save(f), "has 32 x 33 pixels"),
         (lambda f: Image.open(f).convert("RGBA").save(f), "has the mode RGBA"),
         (lambda f: f.write_bytes(b"no image"), "cannot read image"),
@@ -388,6 +499,69 @@ def test_scores_of_single_images_see_the_whole_image_and_its_prompt(stubs, monke
     assert stubs == []  # no feature network is opened
 
 
+def test_wrong_results_are_never_overwritten(stubs, capsys):
+    for name in ("one", "two"):
+        put(f"{name}/x", images(24))
+    custom = ("--protocol", "custom-folder", "--network", TF1, *GIVEN, "--metrics", "vendi")
+    assert command("one/x", *custom, "--out", "o") == command("one/x", *custom, "--out", "o") == 0
+    before = Path("o/x.json").read_text()
+    capsys.readouterr()
+    seen = len(stubs[-1].seen)
+    said = refused(capsys, "two/x", *custom, "--out", "o")
+    assert "o/x.json holds the numbers of another folder: 'one/x', not 'two/x'" in said
+    said = refused(capsys, "one/x", *custom, "--out", "o", "--num", "20")
+    assert "x.json holds the numbers of another n: 24, not 20" in said
+    assert Path("o/x.json").read_text() == before and len(stubs[-1].seen) <= seen
+
+
+# ---- folders that `sample` draws --------------------------------------------------------
+
+
+class Drawer:
+    """A pipeline whose image i is a function of prompt and seed."""
+
+    pipe = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+
+    def __init__(self, channels=3):
+        self.info, self.channels, self.asked = (
+            {"name": "s", "guidance": 0, "steps": 2},
+            channels,
+            [],
+        )
+
+    def nfe(self, steps=None):
+        return 2 * (steps or 2)
+
+    def sample(self, conditions, seeds, *, steps=None):
+        self.asked += list(zip(conditions, seeds, strict=True))
+        return torch.tensor(seeds).byte().view(-1, 1, 1, 1).expand(-1, self.channels, 32, 32)
+
+
+def test_a_drawn_folder_continues_and_says_what_it_is(stubs, capsys):
+    few = Drawer()
+    assert folder.draw("d", few, ["a", "b", "a"], first=5) == 3
+    drawer = Drawer()
+    assert folder.draw("d", drawer, ["a", "b", "a", "b"], first=5) == 1
+    assert few.asked == [("a", 5), ("b", 6), ("a", 7)] and drawer.asked == [("b", 8)]
+    assert sorted(p.name for p in Path("d").iterdir()) == sorted(
+        ["source.json", *(f"0000{i}.{end}" for i in (5, 6, 7, 8) for end in ("png", "txt"))]
+    )
+    assert Path("d/00006.txt").read_text() == "b\n"
+    assert np.unique(np.array(Image.open("d/00008.png"))).tolist() == [8]
+    custom = ("--protocol", "custom-folder", "--network", TF1, *GIVEN, "--metrics", "vendi")
+    (record,) = run(capsys, "d", *custom)["records"]
+    assert (record["steps"], record["nfe"], record["guidance"]) == (2, 4, 0)
+    assert (record["seeds"], record["labels"]) == ("the files' names", "prompts of NAME.txt")
+    with pytest.raises(ValueError, match="belongs to images of another source"):
+        folder.draw("d", Drawer(), ["a"], first=5, steps=1)
+    with pytest.raises(ValueError, match=r"00005.txt belongs to another prompt"):
+        folder.draw("d", Drawer(), ["z"], first=5)
+    grey = Drawer(channels=1)
+    folder.draw("g", grey, [3, 4], first=0)
+    assert json.loads(Path("g/source.json").read_text())["labels"] == "classes as asked"
+    assert Image.open("g/00001.png").mode == "RGB" and not list(Path("g").glob("*.txt"))
+
+
 # ---- GenEval ----------------------------------------------------------------------------
 
 
@@ -397,13 +571,16 @@ def test_a_folder_of_geneval_with_a_detector(stubs, capsys):
     def draw(prompts, seeds):
         return shapes.render([scenes[seed] for seed in seeds])
 
-    geneval_folder.write("g", draw, source={"pipeline": "world"}, count=1,
+    made = {"pipeline": "world", "steps": 4, "nfe": 8, "guidance": 2.0, "seeds": "i"}
+    geneval_folder.write("g", draw, source=made, count=1,
                          records=[s.record for s in scenes])  # fmt: skip
     result = run(capsys, "g", "--detector", "shapes")
     (record,) = result["records"]
     assert record["value"] == 1 and record["metric"] == "geneval"
     assert (record["protocol"], record["n"], record["m"]) == ("geneval/n=12", 12, 0)
     assert record["feature_net"].startswith("geneval/shapes/")
+    told = ("steps", "nfe", "guidance", "seeds")
+    assert {k: record[k] for k in told} == {k: made[k] for k in told}
     assert len(result["verdicts"]) == 12 and result["any_correct"] == 1
     said = refused(capsys, "g", "--protocol", "geneval")
     assert "m2f-swin-s are missing" in said and "--allow-download" in said

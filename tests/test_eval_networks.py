@@ -89,6 +89,14 @@ def test_a_given_path_is_never_replaced_by_a_download(shelf):
         weights.find("one", shelf / "mine.pt", allow_download=True)
 
 
+def test_a_wrong_file_of_known_hash_is_warned_about(shelf, recwarn):
+    (shelf / "mine.pt").write_bytes(b"weights")
+    assert weights.find("one", shelf / "mine.pt") == shelf / "mine.pt" and not len(recwarn)
+    (shelf / "mine.pt").write_bytes(b"others")
+    with pytest.warns(UserWarning, match=r"mine.pt has another SHA-256 than file:.*net.pt"):
+        weights.find("one", shelf / "mine.pt")
+
+
 class Bomb:
     def __reduce__(self):
         return (open, ("/should/never/be/opened", "w"))

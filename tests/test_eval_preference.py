@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import open_clip
@@ -106,6 +107,9 @@ def test_aesthetic_head_is_linear_on_the_unit_embedding(tiny, tmp_path):
     scorer = preference.Aesthetic(
         tmp_path / "sac+logos+ava1-l14-linearMSE.pth", path, architecture="tiny-judge"
     )
+    head_file = tmp_path / "sac+logos+ava1-l14-linearMSE.pth"
+    parts = [weights.digest(file)[:8] for file in (head_file, path)]
+    assert scorer.name == f"aesthetic:{parts[0]}+{parts[1]}"
     images = noise(4, 32)
     embedding = torch.from_numpy(scorer.net.features(images)).float()
     found = scorer.score(images)
@@ -156,7 +160,10 @@ def test_pickscore_is_logit_scale_times_cosine(tmp_path):
     with torch.no_grad():
         want = model(**inputs).logits_per_image.diagonal().numpy()
     np.testing.assert_allclose(scorer.score(images, prompts), want, rtol=1e-4)
-    assert scorer.name == f"pickscore:{weights.digest(tmp_path / 'pick')[:8]}"
+    assert scorer.name.startswith(f"pickscore:{weights.digest(tmp_path / 'pick')[:8]}+")
+    (tmp_path / "processor" / "more.json").write_text("{}")
+    other = preference.PickScore(tmp_path / "pick", tmp_path / "processor")
+    assert other.name != scorer.name  # the processor is a part of the key
 
 
 # ---- ImageReward ------------------------------------------------------------------------
@@ -257,7 +264,7 @@ def test_imagereward_is_its_papers_chain(reward):
         first = bert(text, ids, ids > 0, seen)[:, 0]
     want = (through(state, "mlp.layers.", first) - 0.16717) / 1.03334
     np.testing.assert_allclose(scorer.score(images, prompts), want, rtol=1e-4, atol=1e-4)
-    assert scorer.name.startswith("imagereward:")
+    assert re.fullmatch(r"imagereward:[0-9a-f]{8}\+[0-9a-f]{8}", scorer.name)
 
 
 def test_imagereward_reads_35_tokens_of_the_prompt_and_the_picture(reward):

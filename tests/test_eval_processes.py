@@ -165,7 +165,7 @@ def values(result):
 def test_two_processes_equal_one(stubs, ran):
     (first, second), out = ran
     one = evaluate(stubs.Stub())
-    assert len(values(one)) == 8 and 0 < values(one)["recall"] < 1
+    assert len(values(one)) == 8 and 0 < values(one)["precision"] < 1
     for result in (first["result"], second["result"], json.loads((out / "2.json").read_text())):
         assert values(result) == pytest.approx(values(one), rel=1e-9, abs=0)
         assert result["protocol"] == "stub" and result["kd_std"] == pytest.approx(one["kd_std"])

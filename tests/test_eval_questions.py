@@ -102,12 +102,22 @@ def test_dpg_means_over_images_then_prompts_and_counts_failures():
         "c": "no answer to question 2", "d": "no answers",
         "e": "question 1 has a parent that is not asked",
     }  # fmt: skip
-    assert (found["n"], found["protocol"]) == (2, "dpg/n=2")
+    assert (found["n"], found["images"], found["protocol"]) == (2, 5, "dpg/n=2x1-4")
     assert found["categories"]["entity"] == pytest.approx(100 * 4 / 5)
     with pytest.raises(ValueError, match="no prompt of the data"):
         questions.dpg(asked, {"z": [yes]}, judge="vqa")
     with pytest.raises(ValueError, match="no prompt has answers"):
         questions.dpg(asked, {}, judge="vqa")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "images", "protocol"),
+    [(1065, 4, "dpg"), (1064, 4, "dpg/n=1064"), (1065, 1, "dpg/n=1065x1"), (2, 9, "dpg/n=2x9")],
+)
+def test_dpg_is_the_protocol_of_four_images_of_all_prompts(prompts, images, protocol):
+    asked = {str(i): ASKED[:1] for i in range(prompts)}
+    found = questions.dpg(asked, {k: [{1: "yes"}] * images for k in asked}, judge="vqa")
+    assert (found["protocol"], found["images"]) == (protocol, prompts * images)
 
 
 HEAD = (

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from diffdistill.eval import fid, metrics
+from diffdistill.eval.cmmd import cmmd
+from diffdistill.eval.evaluate import records
 from diffdistill.eval.prdc import prdc
 
 
@@ -58,7 +60,8 @@ def test_values_have_names_of_their_own():
 
 def test_fd_is_that_of_the_features_and_warns_of_few():
     with pytest.warns(UserWarning, match="70 samples in 8 dimensions"):
-        values, _ = metrics.measure(["fid"], GIVEN | {"features": TRUE[:70]})
+        values, details = metrics.measure(["fid"], GIVEN | {"features": TRUE[:70]})
+    assert [note[:36] for note in details["notes"]] == ["a Frechet distance of 70 samples in "]
     assert values["fd"] == pytest.approx(fid.frechet_distance_of_features(REAL, TRUE[:70]))
 
 
@@ -76,6 +79,32 @@ def test_records_get_the_count_of_the_reference_that_a_metric_saw():
     want = {"fid": 5000, "fid50k": 5000, "sfid": 5000, "kid": 120, "prdc-adm": 120, "prdc": 100,
             "cmmd": 100}  # fmt: skip
     assert {k: v for k, v in counts.items() if v} == want
+
+
+@pytest.mark.filterwarnings("ignore:a Frechet distance")
+def test_notes_of_few_images_on_either_side_are_kept():
+    notes = lambda name, **how: metrics.measure([name], GIVEN | how)[1].get("notes", [])  # noqa: E731
+    assert not notes("fid") and not notes("fid", m=0) and not notes("kid")
+    assert "of 60 samples in 8" in notes("fid", m=60)[0]
+    assert "of 100 samples in 12" in notes("sfid")[0]
+    found = metrics.measure(["fid", "sfid"], GIVEN | {"m": 60})[1]["notes"]
+    assert len(found) == 2
+
+
+def test_counts_are_equal_also_where_the_reference_is_the_smaller_side():
+    few = GIVEN | {"real": REAL[:40]}
+    order = np.sort(np.random.default_rng(0).permutation(100)[:40])
+    values, _ = metrics.measure(["prdc", "cmmd"], few)
+    assert {k: values[k] for k in ("recall", "coverage")} == {
+        k: prdc(REAL[:40], TRUE[order])[k] for k in ("recall", "coverage")
+    }
+    assert values["cmmd"] == cmmd(REAL[:40], TRUE[order])
+    assert values["recall"] != prdc(REAL[:40], TRUE)["recall"]  # wrong: 40 against 100
+    assert values["recall"] != prdc(REAL[:40], TRUE[:40])["recall"]  # wrong: a part that is sorted
+    nets = {name: ("net", "none") for name in ("prdc", "clip")}
+    rows = records(["prdc", "clip"], values | {"clip": 0.3}, few, nets, "r",
+                   protocol="p", n=100)  # fmt: skip
+    assert [(r["n"], r["m"]) for r in rows] == [(40, 40)] * 4 + [(100, 0)]
 
 
 def test_unknown_metrics_are_corrected_and_needs_are_joined():

@@ -6,6 +6,7 @@ import copy
 import json
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def world(tmp_path_factory):
     pipe.save_pretrained(folder / "tiny")
     info = {
         "kind": "teacher", "name": "tiny", "world": "fashion", "family": "edm", "guidance": 1.0,
-        "protocol": "fashion-v1", "steps": 3,
+        "protocol": "fashion-v1", "steps": 3, "weights": {"unet": "t"},
     }  # fmt: skip
     (folder / "tiny" / "diffdistill.json").write_text(json.dumps(info))
     rng = np.random.default_rng(0)
@@ -233,6 +234,7 @@ def test_rows_hold_what_must_be_known(ran):
     assert (row["method"], row["teacher"], row["league"], row["seed"]) == ("dmd", "tiny", "tiny", 0)
     assert (row["steps"], row["nfe"], row["n"], row["protocol"]) == (3, 3, 30, "fashion-v1/n=30")
     assert {"fd", "kd", "recall", "coverage", "accuracy"} <= row["metrics"].keys()
+    assert row["teacher_files"] == {"unet": "t"} and row["floor_fd"] is None
     assert row["seconds"] > 0 and row["peak_memory_gib"] > 0 and "torch" in row["versions"]
     assert row["command"] == f"diffdistill league {folder}/tiny.yaml --only dmd-3"
     assert "method.student_steps=3" in row["train_command"]
@@ -246,6 +248,25 @@ def test_rows_hold_what_must_be_known(ran):
     passes, fd = zip(*row["curve"], strict=True)
     assert len(passes) >= 3 and passes[-1] == row["passes"] and fd[-1] == row["metrics"]["fd"]
     assert list(passes) == sorted(passes) and fd[0] != fd[-1]
+
+
+def test_wrong_budgets_and_stale_rows_are_noticed(ran, capsys, tmp_path):
+    folder, facts = ran
+    name, rules = module.read(f"{folder}/tiny.yaml", ["lcm-2"])
+    (job,) = module.plan(name, f"{folder}/tiny.yaml", rules, folder / "runs")
+    assert module.row_of(job) == facts["final"][2]
+    with pytest.raises(RuntimeError, match="were counted before"):
+        module.row_of(replace(job, spent=(*job.spent[:-1], job.spent[-1] - 1)))
+    assert "3 of 3 entries have a row" in said(folder / "tiny.yaml", folder, capsys)
+    text = (folder / "tiny.yaml").read_text()
+    for edited in (text.replace("batch_size: 16", "batch_size: 8"), text.replace("1700", "1701")):
+        (tmp_path / "tiny.yaml").write_text(edited)
+        assert "0 of 3 entries have a row" in said(tmp_path / "tiny.yaml", folder, capsys)
+
+
+def said(file, folder, capsys):
+    assert cli.main(["league", str(file), "--rows", "--out", f"{folder}/out"]) == 0
+    return capsys.readouterr().out
 
 
 def test_the_plot_is_small_and_not_empty(ran):
@@ -321,7 +342,8 @@ def row(entry, fd, *, method="dmd", seed=0, league="a", n=3000, budget=1000, **m
     ]
     return {
         "league": league, "method": method, "entry": entry, "teacher": "shapes-sd", "seed": seed,
-        "budget": budget, "teacher_weights": "w", "steps": 1, "nfe": 1,
+        "budget": budget, "teacher_weights": "w", "teacher_files": {"unet": "w"}, "asked": "a1",
+        "steps": 1, "nfe": 1,
         "passes": 990, "images": 320, "seconds": 90.0, "peak_memory_gib": 1.5,
         "curve": [[500, 2 * fd], [990, fd]], **standings.packed(records),
     } | more  # fmt: skip
@@ -332,22 +354,25 @@ def teacher_row(fd, steps=25):
 
 
 def test_merging_replaces_the_entrys_own_row_only(monkeypatch):
-    result = {"pipeline": "shapes-sd", "records": [{"metric": "fd", "value": 2.0, "steps": 4}]}
+    numbers = [{"metric": "fd", "value": 2.0, "steps": 4, "n": 3000}]
+    result = {"pipeline": "shapes-sd", "records": numbers, "weights": {"unet": "w"}}
     other = result | {"pipeline": "another"}
     monkeypatch.setattr(
         module, "teacher_rows", lambda name: [result, other][: 2 * (name == "shapes-v1")]
     )
     before = [
         teacher_row(9.0), row("x", 1.0), row("x", 2.0, seed=1), row("y", 3.0, method="gone"),
-        row("x", 4.0, league="b"),
+        row("x", 4.0, league="b"), row("x", 5.0, seed=2, asked="a0"),
+        row("x", 6.0, seed=3, teacher_weights="v"), row("y", 8.0, asked="a0"),
     ]  # fmt: skip
     kept = copy.deepcopy(before)
     after = module.merged(before, row("x", 7.0, seed=1))
     assert before == kept
     assert [(r["method"], r["metrics"]["fd"]) for r in after] == [
-        ("teacher", 2.0), ("dmd", 1.0), ("dmd", 7.0), ("gone", 3.0), ("dmd", 4.0),
+        ("teacher", 2.0), ("dmd", 1.0), ("dmd", 7.0), ("gone", 3.0), ("dmd", 4.0), ("dmd", 8.0),
     ]  # fmt: skip
     assert after[0]["steps"] == 4 and after[0]["teacher"] == "shapes-sd"
+    assert after[0]["teacher_files"] == {"unet": "w"}
     assert [r["entry"] for r in module.merged([], row("z", 1.0))] == ["teacher", "z"]
 
 
@@ -373,13 +398,38 @@ def test_table_best_first_with_seeds_together():
 def test_wrong_neighbours_never_share_a_table():
     rows = [
         teacher_row(2.0), row("a", 5.0), row("b", 6.0, n=500), row("c", 7.0, budget=9),
-        row("d", 8.0, feature_net="net:2"), row("e", 4.0), row("f", 3.0, teacher_weights="v"),
+        row("d", 8.0, feature_net="net:2"), row("e", 4.0),
+        row("f", 3.0, teacher_weights="v", teacher_files={"unet": "v"}),
     ]  # fmt: skip
     groups = standings.groups(rows)
     assert [[r["entry"] for r in g] for g in groups] == [
-        ["a", "e", "teacher"], ["b"], ["c", "teacher"], ["d"], ["f", "teacher"],
+        ["a", "e", "teacher"], ["b"], ["c", "teacher"], ["d"], ["f"],
     ]  # fmt: skip
     assert standings.markdown(rows).count("Teacher `shapes-sd`") == 5
+
+
+def test_wrong_neighbours_of_neighbours_never_share_a_table():
+    """A row with one metric can be compared with two that cannot be compared with each other."""
+    first, few, other = row("first", 5.0), row("few", 6.0), row("other", 7.0)
+    del few["metrics"]["clip"], few["details"]["clip"]
+    other["details"]["clip"] = other["details"]["clip"] | {"feature_net": "net:2"}
+    names = [[r["entry"] for r in g] for g in standings.groups([few, first, other])]
+    assert names == [["few", "first"], ["other"]]
+    late = teacher_row(2.0)
+    late["details"]["clip"] = late["details"]["clip"] | {"feature_net": "net:2"}
+    names = [[r["entry"] for r in g] for g in standings.groups([few, first, other, late])]
+    assert names == [["few", "first"], ["other", "teacher"]]
+
+
+def test_wrong_seeds_of_another_league_or_settings_are_lines_of_their_own():
+    rows = [
+        row("x", 4.0), row("x", 6.0, seed=1), row("x", 9.0, asked="a0"), row("x", 20.0, league="b"),
+    ]  # fmt: skip
+    found = [(line.entry, line.of("fd")) for line in standings.lines(rows)]
+    assert found == [("a/x", [4.0, 6.0]), ("a/x", [9.0]), ("b/x", [20.0])]
+    assert [line.entry for line in standings.lines([teacher_row(2.0), row("x", 3.0)])] == [
+        "teacher", "x",
+    ]  # fmt: skip
 
 
 def test_a_new_metric_gets_a_column_beside_rows_that_lack_it():
@@ -405,6 +455,18 @@ def test_diversity_says_how_many_samples_it_compares():
     assert ", n = 3000, features `net:1`:" in table[0]
     assert "| FD | diversity (n = 752) |" in table[2] and "| 9.00 | 0.250 |" in table[4]
     assert "(n =" not in standings.markdown([row("old", 5.0)])
+
+
+def test_a_metric_of_equal_counts_keeps_its_own_n():
+    shared = {"protocol": "p", "feature_net": "net:1", "resize": "none", "reference": "r"}
+    made = [
+        {"metric": "fd", "value": 2.0, "n": 10_000, "m": 9000, **shared},
+        {"metric": "recall", "value": 0.5, "n": 5000, "m": 5000, **shared},
+    ]
+    packed = standings.packed(made)
+    assert packed["n"] == 10_000
+    for r in made:
+        assert standings.record(packed, r["metric"]).items() >= r.items()
 
 
 def test_plot_of_teacher_and_seeds_stays_small(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
+from diffdistill.data.images import to_uint8
 from diffdistill.export import export_student
 from diffdistill.method import Sampler
 from diffdistill.parts.ode import Churn, heun
@@ -63,6 +64,18 @@ def test_few_step_scheduler_ddpm_recovers_the_clean_sample(prediction):
     result = scheduler.step(out, torch.tensor(999.0), a * x + s * eps)
     torch.testing.assert_close(result.denoised, x, atol=2e-5, rtol=0)
     torch.testing.assert_close(result.prev_sample, b * x + r * eps, atol=2e-5, rtol=0)
+
+
+def test_wrong_pictures_of_a_diverged_network_are_no_black_ones():
+    info = {"kind": "teacher", "name": "t", "family": "edm", "steps": 3, "guidance": 1.0}
+    generator = Generator(edm_pipe(), info)
+    assert generator.sample([1], [0]).shape == (1, 1, 14, 14)
+    next(generator.pipe.unet.parameters()).data[0] = torch.nan
+    with pytest.raises(ValueError, match="t draws values that are not finite"):
+        generator.sample([1], [0])
+    for value in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="images are not finite"):
+            to_uint8(torch.tensor([0.0, value]))
 
 
 def test_scheduler_refuses_what_it_was_not_trained_for():

@@ -1,10 +1,15 @@
 """The README's own example method runs as it stands."""
 
+import copy
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from diffdistill import assets
+from diffdistill.eval.evaluate import DETECTOR
+from diffdistill.eval.protocols import PROTOCOLS, reference, teacher_rows
 from diffdistill.registry import get_method
 from diffdistill.schedules import EDM
 from diffdistill.testing import gaussian, run_method, student_samples
@@ -32,3 +37,32 @@ def test_the_tables_are_those_of_the_stored_results():
     from diffdistill.eval import tables
 
     assert tables.updated(README) == README
+
+
+def stored_rows():
+    """(protocol, row) of every teacher and student that ships."""
+    rows = [(name, row) for name in PROTOCOLS for row in teacher_rows(name)]
+    for file in sorted(assets.path("results").glob("*.json")):
+        result = json.loads(file.read_text())
+        rows.append((result["protocol"], result))
+    return rows
+
+
+def test_the_stored_results_rest_on_the_shipped_references_and_judges():
+    nets = {name: rules.net().name for name, rules in PROTOCOLS.items()}
+    for protocol, row in stored_rows():
+        for r in row["records"]:
+            assert r["reference"] in ("", reference(protocol).digest)
+            judge = DETECTOR if r["metric"] == "geneval" else nets[protocol]
+            assert r["feature_net"] == judge
+
+
+def test_wrong_rows_of_another_reference_share_no_table(monkeypatch):
+    from diffdistill.eval import tables
+
+    rows = teacher_rows("shapes-v1")
+    rows[2] = copy.deepcopy(rows[2])
+    rows[2]["records"][1]["reference"] = "another"
+    monkeypatch.setattr(tables, "teacher_rows", lambda name: rows * (name == "shapes-v1"))
+    with pytest.raises(ValueError, match="kd of teacher `shapes-sd` under shapes-v1 cannot be"):
+        tables.results()

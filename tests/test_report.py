@@ -127,6 +127,7 @@ def fake_run(path, *, fd=12.3456, geneval=0.853):
         file.write('{"step": 1000, "ima')  # killed while writing
     info = {
         "kind": "student", "name": "shapes-sd-dmd-1step", "method": "dmd", "teacher": "shapes-sd",
+        "teacher_weights": {"unet": "1"},
         "paper": "Improved Distribution Matching Distillation, arXiv 2405.14867", "steps": 1,
         "train": {
             "steps": 1000, "batch_size": 128, "images": 128_000, "seconds": 214.0,
@@ -154,11 +155,15 @@ def test_verdict_compares_with_the_full_teacher(tmp_path, teacher):
     assert picture.width > 800 and np.asarray(picture).std() > 10
 
 
-def test_wrong_teachers_are_not_compared_with(tmp_path, teacher):
+@pytest.mark.parametrize(
+    "change",
+    [{"teacher": "shapes-dit"}, {"teacher_weights": {"unet": "2"}}, {"teacher_weights": None}],
+)
+def test_wrong_teachers_are_not_compared_with(tmp_path, teacher, change):
     """The rows of the protocol's teacher say nothing about a student of another one."""
     path = fake_run(tmp_path / "run")
     file = path / "student" / "diffdistill.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"teacher": "shapes-dit"}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
     said = report.verdict(read_run(path), {"shapes-v1": world("shapes-v1")})
     assert said.count("no comparable number of the teacher") == 2
 
@@ -258,6 +263,42 @@ def test_several_runs_share_one_table(tmp_path, teacher):
     text = write_report(runs, tmp_path / "both").read_text()
     assert text.count("<i>student</i>") == 2
     assert "From the same noise · one" in text and "From the same noise · two" in text
+
+
+def test_wrong_runs_of_one_name_are_told_apart(tmp_path, teacher):
+    runs = [fake_run(tmp_path / "one" / "q"), fake_run(tmp_path / "two" / "q", fd=30.0)]
+    page = write_report([*runs, runs[0]], tmp_path / "both")
+    data = json.loads((page.parent / "report.json").read_text())["runs"]
+    assert [run["name"] for run in data] == ["one/q", "two/q"]
+    assert "FD 12.35" in data[0]["verdict"] and "FD 30.00" in data[1]["verdict"]
+    text = page.read_text()
+    assert text.count("<h1>") == 2 and all(report.esc(run["verdict"]) in text for run in data)
+    assert re.findall(r'<tr class="student"><th>([^<]*)</th><td>600', text) == ["one/q", "two/q"]
+
+
+def test_an_unfinished_run_is_drawn_over_images_or_says_steps(tmp_path, teacher):
+    path = fake_run(tmp_path / "run")
+    (path / "student" / "diffdistill.json").unlink()
+    run = read_run(path)
+    fd = run.records[0]
+    assert [x for x, _ in report.metric_points(run, fd)] == [0, 500 * 128, 1000 * 128]
+    panels = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "small", lambda panel: panels.append(panel) or "")
+        report.curves(run, {"shapes-v1": world("shapes-v1")})
+        assert {panel.x for panel in panels} == {"images seen"}
+        panels.clear()
+        run.log = [{k: v for k, v in row.items() if k != "images"} for row in run.log]
+        report.curves(run, {"shapes-v1": world("shapes-v1")})
+    assert {panel.x for panel in panels} == {"steps"}
+    assert [x for x, _ in panels[0].lines[0].points] == [0, 500, 1000]
+
+
+def test_the_kernel_distance_has_its_spread(tmp_path, teacher):
+    run = read_run(fake_run(tmp_path / "run"))
+    run.evals[1000]["kd_std"] = 0.0123
+    html = comparison("shapes-v1", [], [run])
+    assert "<td>0.014 ± 0.012</td>" in html
 
 
 def test_resumed_log_counts_each_step_once(tmp_path):

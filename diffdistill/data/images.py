@@ -54,5 +54,10 @@ def labels(files: list[Path]) -> list[int]:
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """[-1, 1] -> 0..255: truncation of 127.5 x + 128, which rounds 127.5 (x + 1)."""
+    """[-1, 1] -> 0..255: truncation of 127.5 x + 128, which rounds 127.5 (x + 1).
+
+    What is not finite is an error: it would be a black pixel, which looks like a result.
+    """
+    if not x.isfinite().all():
+        raise ValueError("images are not finite. The network that drew them is damaged or diverged")
     return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8).cpu()
