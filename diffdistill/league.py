@@ -167,6 +167,12 @@ def _check(path: Path, rules: League) -> None:
         raise ValueError(f"{path}: budget is {rules.budget}. Allowed: 1 or more network passes")
     if not (rules.entries and rules.teachers and rules.seeds):
         raise ValueError(f"{path}: give at least one entry, one teacher and one seed")
+    short = [Path(teacher).name for teacher in rules.teachers]
+    if twins := sorted({name for name in short if short.count(name) > 1}):
+        raise ValueError(
+            f"{path}: two teachers are named {twins[0]!r}, and rows go into OUT/{twins[0]}.json. "
+            "Rename the folder of one"
+        )
     seen = set()
     for entry in rules.entries:
         if not re.fullmatch(r"[\w+-]+", entry.name) or entry.name in seen:

@@ -565,6 +565,7 @@ GOOD = "teachers: [{folder}/tiny]\nbudget: 100_000\n"
         ),
         (GOOD.replace("100_000", "0") + ONE, "budget is 0"),
         (GOOD.replace("100_000", "90") + ONE, "90 passes do not buy one step after 0 for"),
+        ("teachers: [a/tiny, b/tiny]\nbudget: 9\n" + ONE, "two teachers are named 'tiny'"),
         ("teachers: [tony]\nbudget: 9\n" + ONE, "unknown teacher 'tony'"),
         ("teachers: [shapes-sd]\n" + ONE, "budget"),
         ("budget: many\n" + ONE, "'many'"),
