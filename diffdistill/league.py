@@ -337,7 +337,7 @@ def publish(job: Job, out: Path) -> str:
             aside.replace(file)
             standings.plot(rows, file.with_suffix(".png"))
     numbers = ", ".join(f"{standings.NAMES.get(k, k)} {v:.4g}" for k, v in row["metrics"].items())
-    count = standings.main_count(row)
+    count = row["n"]
     return f"{numbers} (n = {count}, {row['protocol']}); {row['passes']:,} passes"
 
 

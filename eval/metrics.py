@@ -27,7 +27,7 @@ from typing import Any
 Given = Mapping[str, Any]
 Values = dict[str, float]
 
-WORLDS = ("fid", "kid", "prdc", "clip", "geneval", "accuracy")  # of `protocols.PROTOCOLS`
+WORLDS = ("fid", "kid", "prdc", "diversity", "vendi-prompt", "clip", "geneval", "accuracy")
 OF_NETWORK = {"features", "logits", "spatial"}
 OF_REFERENCE = {"mu", "sigma", "m", "mu_s", "sigma_s", "real"}
 

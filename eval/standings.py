@@ -36,18 +36,13 @@ def packed(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     names = [k for k in records[0] if k not in ("metric", "value")]
     shared = {k: records[0][k] for k in names if all(r[k] == records[0][k] for r in records)}
     details = {r["metric"]: {k: r[k] for k in names if k not in shared} for r in records}
-    shared["n"] = max(r["n"] for r in records)  # images; metrics of equal counts may take fewer
+    shared["n"] = max(r["n"] for r in records)  # images; some metrics take fewer
     return shared | {"metrics": {r["metric"]: r["value"] for r in records}, "details": details}
 
 
 def record(row: Row, metric: str) -> dict[str, Any]:
     """The record of one metric of a row."""
     return {**row, **row["details"][metric], "metric": metric, "value": row["metrics"][metric]}
-
-
-def main_count(row: Row) -> int:
-    """Samples behind its first number; those of diversity within a prompt are fewer."""
-    return record(row, next(iter(row["metrics"])))["n"]
 
 
 def alike(a: Row, b: Row) -> bool:
@@ -124,14 +119,14 @@ def _table(group: Sequence[Row]) -> str:
     order = sorted(shown, key=lambda m: [*NAMES, m].index(m))
     net = record(first, order[0])["feature_net"]
     counts = {m: record(row, m)["n"] for row in group for m in order if m in row["metrics"]}
-    few = {m: f" (n = {counts[m]})" for m in order if counts[m] != main_count(first)}
+    few = {m: f" (n = {counts[m]})" for m in order if counts[m] != first["n"]}
     named = [shown[m] + few.get(m, "") for m in order]
     heads = ["entry", "method", "steps", "passes per image", "seeds", *named]
     heads += ["images seen", "training passes", "minutes", "GiB"]
     out = [
         f"Teacher `{first['teacher']}` (weights `{first['teacher_weights']}`), "
         f"{first['budget']:,} network passes of training, protocol `{first['protocol']}`, "
-        f"n = {main_count(first)}, features `{net}`:",
+        f"n = {first["n"]}, features `{net}`:",
         "",
         f"| {' | '.join(heads)} |",
         "|" + "---|" * len(heads),
@@ -208,7 +203,7 @@ def plot(rows: Iterable[Row], path: Path) -> None:
     right.set_xticks(ticks, map(str, ticks), minor=False)
     right.minorticks_off()
     title = "{teacher}, {budget:,} network passes of training, {protocol}, n = {n}"
-    figure.suptitle(title.format_map({**group[0], "n": main_count(group[0])}))
+    figure.suptitle(title.format_map(group[0]))
     figure.legend(loc="outside right upper", fontsize=8)
     for axes in (left, right):
         axes.grid(alpha=0.3)
