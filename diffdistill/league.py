@@ -337,8 +337,7 @@ def publish(job: Job, out: Path) -> str:
             aside.replace(file)
             standings.plot(rows, file.with_suffix(".png"))
     numbers = ", ".join(f"{standings.NAMES.get(k, k)} {v:.4g}" for k, v in row["metrics"].items())
-    count = row["n"]
-    return f"{numbers} (n = {count}, {row['protocol']}); {row['passes']:,} passes"
+    return f"{numbers} (n = {row['n']}, {row['protocol']}); {row['passes']:,} passes"
 
 
 def row_of(job: Job) -> dict[str, Any]:

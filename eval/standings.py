@@ -126,7 +126,7 @@ def _table(group: Sequence[Row]) -> str:
     out = [
         f"Teacher `{first['teacher']}` (weights `{first['teacher_weights']}`), "
         f"{first['budget']:,} network passes of training, protocol `{first['protocol']}`, "
-        f"n = {first["n"]}, features `{net}`:",
+        f"n = {first['n']}, features `{net}`:",
         "",
         f"| {' | '.join(heads)} |",
         "|" + "---|" * len(heads),
