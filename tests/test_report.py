@@ -181,7 +181,7 @@ def test_page_is_self_contained_and_escapes_what_it_is_given(tmp_path, teacher):
         "n 5,000", "10,000 reference images", NET, "left out: 1",
         "&quot;torch&quot;: &quot;2.14&quot;",
         "GenEval ↑, n 600", "fake_score/dsm", "gradient norm", "expected 2 circles, found 1",
-        "321 images/s", "default-src 'none'; img-src data:;",
+        "321 images/s", "<p>Recall</p>", "default-src 'none'; img-src data:;",
     ):  # fmt: skip
         assert wanted in text, wanted
     assert text.count('class="right"') + text.count('class="wrong"') == 60
