@@ -90,7 +90,9 @@ class Reward:
     differentiable: bool = False
 
     def __call__(self, x: Tensor, t: Tensor, prompts: Sequence[Any]) -> Tensor:
-        with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
+        gradients = torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled())
+        # a judge that is built at its first call draws weights: a resumed run builds it again
+        with gradients, torch.random.fork_rng(devices=[]):
             values = torch.as_tensor(self.score(x, t, prompts), device=x.device).float()
         if values.shape != (len(x),):
             raise ValueError(

@@ -734,3 +734,17 @@ def test_the_cost_of_a_run_is_known_before_it(tmp_path):
         before = engine.passes
         engine.train_step()
         assert counter.step(step, cfg.train.seed) == engine.passes - before, step
+
+
+def test_a_reward_leaves_the_noise_of_training_alone():
+    """It may build its judge at its first call, which a resumed run does at another step."""
+    from diffdistill.parts.reward import Reward
+
+    def score(x, t, prompts):
+        return torch.nn.Linear(3, 1)(x)[:, 0]
+
+    torch.manual_seed(0)
+    Reward("late", score)(torch.zeros(2, 3), torch.zeros(2), [None] * 2)
+    drawn = torch.randn(3)
+    torch.manual_seed(0)
+    assert torch.equal(drawn, torch.randn(3))

@@ -344,7 +344,7 @@ def test_9_merge_of_two_students(tmp_path):
 
 
 def test_9_students_that_do_not_fit_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="has neither"):
+    with pytest.raises(ValueError, match="has none of"):
         start_from(str(tmp_path))(points())
     save_file({"means": torch.zeros(2, 1)}, tmp_path / "student.safetensors")
     with pytest.raises(ValueError, match="and the teacher differ in"):
