@@ -51,5 +51,6 @@ def _lpips(device: str) -> nn.Module:
         )
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-    metric = LearnedPerceptualImagePatchSimilarity(net_type="vgg", reduction="none").to(device)
+    with torch.random.fork_rng(devices=[]):  # built at its first call, wherever a run resumes
+        metric = LearnedPerceptualImagePatchSimilarity(net_type="vgg", reduction="none").to(device)
     return metric.net.eval().requires_grad_(False)

@@ -62,7 +62,9 @@ def load_score(name: str) -> Score:
 
 def score_of(score: Score, teacher: Denoiser, x: Tensor, cond: Cond) -> Tensor:
     """Score of samples [B], decoded first if they are latents; gradients flow into x."""
-    return score(teacher.decode(x) if teacher.decode else x, cond)
+    images = teacher.decode(x) if teacher.decode else x
+    with torch.random.fork_rng(devices=[]):  # as in Reward
+        return score(images, cond)
 
 
 def clamped(similarity: Tensor, enough: float) -> Tensor:
