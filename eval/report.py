@@ -392,7 +392,7 @@ def comparison(protocol: str, teacher: Sequence[Row], runs: Sequence[Run]) -> st
     groups = list(dict.fromkeys(c[2:4] + c[5:] for c in columns))
     letter = lambda c: chr(ord("A") + groups.index(c[2:4] + c[5:]))  # noqa: E731
     head = "".join(
-        f"<th>{esc(name(c[0]))}{_arrow(c[0])}<small>n {c[4]:,} · {letter(c)}</small></th>"
+        f"<th>{esc(name(c[0]))}{_arrow(c[0])}<small>n {c[4]:,} {letter(c)}</small></th>"
         for c in columns
     )
     lines = []
@@ -423,7 +423,8 @@ def comparison(protocol: str, teacher: Sequence[Row], runs: Sequence[Run]) -> st
 def _cell(row: Row, record: Record | None) -> str:
     if record is None:
         return ""
-    spread = f" ± {number(row.kd_std)}" if record["metric"] == "kd" and row.kd_std else ""
+    kd = record["metric"] == "kd" and row.kd_std
+    spread = f"<small>± {number(row.kd_std)}</small>" if kd else ""
     return number(record["value"]) + spread
 
 
@@ -877,9 +878,9 @@ color:var(--dim)}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:14px}
 th,td{padding:8px 7px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
-thead th{font-weight:600;vertical-align:bottom;border-bottom:1.5px solid var(--dim)}
+thead th{font-weight:600;vertical-align:bottom;white-space:normal;border-bottom:1.5px solid var(--dim)}
 th:first-child{text-align:left}tbody th{font-weight:500}
-th small{display:block;color:var(--dim);font-weight:400;font-size:11px;line-height:1.35}
+th small,td small{display:block;white-space:nowrap;color:var(--dim);font-weight:400;font-size:11px;line-height:1.35}
 tr.student{background:var(--soft)}tr.student th,tr.student td{font-weight:650}
 tbody i{font-style:normal;font-size:12px;font-weight:400;color:var(--dim);margin-left:4px}
 tr.student i{color:var(--accent);font-weight:500}

@@ -298,7 +298,7 @@ def test_the_kernel_distance_has_its_spread(tmp_path, teacher):
     run = read_run(fake_run(tmp_path / "run"))
     run.evals[1000]["kd_std"] = 0.0123
     html = comparison("shapes-v1", [], [run])
-    assert "<td>0.014 ± 0.012</td>" in html
+    assert "<td>0.014<small>± 0.012</small></td>" in html
 
 
 def test_resumed_log_counts_each_step_once(tmp_path):
