@@ -876,8 +876,8 @@ color:var(--dim)}
 .tile p{color:var(--dim);font-size:13px;margin:0}
 .tile b{font-size:25px;font-weight:650;line-height:1.35;letter-spacing:-.02em;white-space:nowrap}
 .scroll{overflow-x:auto}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:14px}
-th,td{padding:8px 7px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:13.5px}
+th,td{padding:8px 5px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 thead th{font-weight:600;vertical-align:bottom;white-space:normal;border-bottom:1.5px solid var(--dim)}
 th:first-child{text-align:left}tbody th{font-weight:500}
 th small,td small{display:block;white-space:nowrap;color:var(--dim);font-weight:400;font-size:11px;line-height:1.35}
