@@ -878,9 +878,11 @@ color:var(--dim)}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:13.5px}
 th,td{padding:8px 5px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
-thead th{font-weight:600;vertical-align:bottom;white-space:normal;border-bottom:1.5px solid var(--dim)}
+thead th{font-weight:600;vertical-align:bottom;white-space:normal;
+border-bottom:1.5px solid var(--dim)}
 th:first-child{text-align:left}tbody th{font-weight:500}
-th small,td small{display:block;white-space:nowrap;color:var(--dim);font-weight:400;font-size:11px;line-height:1.35}
+th small,td small{display:block;white-space:nowrap;color:var(--dim);
+font-weight:400;font-size:11px;line-height:1.35}
 tr.student{background:var(--soft)}tr.student th,tr.student td{font-weight:650}
 tbody i{font-style:normal;font-size:12px;font-weight:400;color:var(--dim);margin-left:4px}
 tr.student i{color:var(--accent);font-weight:500}
