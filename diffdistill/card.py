@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 ADAPTER = "pytorch_lora_weights.safetensors"
-STOCK = {"sd": ("LCMScheduler", "DDIMScheduler", "TCDScheduler")}
-STOCK["sd3"] = ("FlowMatchEulerDiscreteScheduler",)
-STOCK["sana"] = ("FlowMatchEulerDiscreteScheduler", "SCMScheduler")
+STOCK = {  # schedulers that sample without diffdistill
+    "sd": ("LCMScheduler", "DDIMScheduler", "TCDScheduler"),
+    "sd3": ("FlowMatchEulerDiscreteScheduler",),
+    "sana": ("FlowMatchEulerDiscreteScheduler", "SCMScheduler"),
+}
 NOISE = {
     "fresh": "fresh", "ode": "kept (the ODE)", "tcd": "kept in part (trajectory consistency)",
     "ancestral": "kept in part (DDIM with eta)",

@@ -65,9 +65,8 @@ def export_student(
             of `sampler.experts`; they are stored as one that asks the right one at each time.
         info: what the card and diffdistill.json say beyond the sampler (teacher, method, ...).
     """
-    folder, call = Path(folder), {"eta": sampler.eta} if family == "sd" else {}
-    if sampler.renoise not in ("tcd", "ancestral"):
-        call = {}
+    folder, partly = Path(folder), sampler.renoise in ("tcd", "ancestral")  # keeps part of z
+    call = {"eta": sampler.eta} if partly and family == "sd" else {}
     nets = list(weights) if isinstance(weights, Sequence) else [weights]
     lora = bool(getattr(nets[0], "peft_config", None))
     fused = [_fused(n) if lora else n for n in nets]
@@ -98,7 +97,7 @@ def export_student(
     backbone = teacher_pipe.unet if family in ("sd", "edm") else teacher_pipe.transformer
     sizes = (sum(p.numel() for p in each.parameters()) for each in (net, backbone))
     full["parameters"], full["teacher_parameters"] = sizes
-    if sampler.renoise in ("tcd", "ancestral"):
+    if partly:
         full["eta"] = sampler.eta
     full["pipeline"] = type(pipe).__name__
     if call:

@@ -57,8 +57,10 @@ class Teacher:
     @property
     def conditions(self) -> str:
         """What its samples are conditioned on, in words."""
-        known = {"sd": "prompts", "sd3": "prompts", "sana": "prompts", "edm": "class labels"}
-        return (known | {"tokens": "class labels"}).get(self.family, "nothing")
+        known = dict.fromkeys(("sd", "sd3", "sana"), "prompts")
+        return (known | dict.fromkeys(("edm", "tokens"), "class labels")).get(
+            self.family, "nothing"
+        )
 
 
 def load_teacher(source: Any) -> Teacher:
