@@ -323,3 +323,11 @@ def test_the_scale_of_the_comparison():
 def test_options_that_make_no_sense_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         hyper_sd.Config(**options).validate()
+
+
+def test_the_target_carries_no_gradient_even_if_it_is_the_student():
+    m = make(steps=1, target_decay=0.0).method
+    m.student.requires_grad_(True)
+    z, t, label = torch.randn(2, 1, 8, 8), torch.ones(2, dtype=torch.float64), torch.zeros(2)
+    p, y = m.pair(m.teacher, z, t, 0.5 * t, 0.2 * t, {"label": label.long()})
+    assert p.requires_grad and not y.requires_grad

@@ -323,3 +323,14 @@ def test_what_it_needs():
     piped.net.backbone = piped.net.inner
     with pytest.raises(ValueError, match="has no place in a pipeline's network"):
         self_e.SelfE(self_e.Config(student_steps=2), piped)
+
+
+def test_the_difference_carries_no_gradient(monkeypatch):
+    seen, engine = [], make(steps=1)
+    whole = engine.method.difference
+    monkeypatch.setattr(
+        engine.method, "difference",
+        lambda *given: seen.append(torch.is_grad_enabled()) or whole(*given),
+    )  # fmt: skip
+    engine.train_step()
+    assert seen and not any(seen)
