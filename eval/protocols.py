@@ -44,7 +44,6 @@ class Protocol:
 
     id: str
     n: int
-    teacher: str
     metrics: tuple[str, ...]
     labels: str  # distribution of the conditions, in words
     net: Callable[[], Any]
@@ -72,7 +71,6 @@ PROTOCOLS = {
     "shapes-v1": Protocol(
         "shapes-v1",
         n=3000,
-        teacher="shapes-sd",
         metrics=(
             "fd",
             "kd",
@@ -94,7 +92,6 @@ PROTOCOLS = {
     "fashion-v1": Protocol(
         "fashion-v1",
         n=5000,
-        teacher="fashion-edm",
         metrics=(
             "fd",
             "kd",
@@ -278,27 +275,47 @@ def write_reference(name: str, path: Path | None = None) -> Path:
     return path
 
 
-def teacher_rows(name: str) -> list[dict[str, Any]]:
-    """Evaluations of the protocol's teacher at 1, 2, 4 and full steps, with its weights."""
-    path = assets.path("reference", f"{name}.json")
-    stored = json.loads(path.read_text()) if path.is_file() else {"rows": []}
-    return [row | {"weights": stored["weights"]} for row in stored["rows"]]
+def rated(protocol: str) -> dict[str, dict[str, Any]]:
+    """What ships of each teacher that the protocol judges: name -> its `weights` and `rows`."""
+    found = {}
+    for file in sorted(assets.path("reference").glob("*.json")):
+        stored = json.loads(file.read_text())
+        if not file.stem.endswith("-guidance") and stored["rows"][0]["protocol"] == protocol:
+            found[file.stem] = stored
+    return found
 
 
-def write_teacher_rows(name: str) -> Path:
-    """Evaluate the protocol's teacher at 1, 2, 4 and its default number of steps."""
+def curve(teacher: str) -> dict[str, Any]:
+    """A teacher's stored curve over guidance scales, as `write_curve` makes it; or nothing."""
+    file = assets.path("reference", f"{teacher}-guidance.json")
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def teacher_rows(protocol: str) -> list[dict[str, Any]]:
+    """Evaluations of the protocol's teachers at 1, 2, 4 and full steps, with their weights."""
+    every = rated(protocol).values()
+    return [row | {"weights": stored["weights"]} for stored in every for row in stored["rows"]]
+
+
+def write_teacher_rows(teacher: str) -> Path:
+    """Evaluate an embedded teacher at 1, 2, 4 and its default number of steps.
+
+    An autoregressive teacher has only its own number.
+    """
     from diffdistill.pipelines.loading import load_pipeline
 
-    generator = load_pipeline(get(name).teacher)
-    rows = [_row(generator, steps=steps) for steps in (1, 2, 4, generator.info["steps"])]
-    path = assets.path("reference", f"{name}.json")
+    generator = load_pipeline(teacher)
+    full = generator.info["steps"]
+    few = () if generator.info["family"] == "tokens" else (1, 2, 4)
+    rows = [_row(generator, steps=steps) for steps in (*few, full)]
+    path = assets.path("reference", f"{teacher}.json")
     made_with = generator.info["weights"]
     path.write_text(json.dumps({"weights": made_with, "rows": rows}, indent=1) + "\n")
     return path
 
 
-def write_curve(name: str, scales: Sequence[float] = SCALES) -> Path:
-    """Evaluate the protocol's teacher at its default number of steps over guidance scales.
+def write_curve(teacher: str, scales: Sequence[float] = SCALES) -> Path:
+    """Evaluate an embedded teacher at its default number of steps over guidance scales.
 
     Each scale is stored as soon as it is measured; what this file and the teacher rows hold of the
     same weights and reference is kept. So the same command continues, and more scales add to it.
@@ -308,16 +325,17 @@ def write_curve(name: str, scales: Sequence[float] = SCALES) -> Path:
 
     if odd := [scale for scale in scales if not 1 <= scale < math.inf]:
         raise ValueError(f"guidance {odd[0]:g}. Allowed: 1 (none) or more")
-    generator = load_pipeline(get(name).teacher)
+    generator = load_pipeline(teacher)
     steps, made_with = generator.info["steps"], generator.info["weights"]
-    path = assets.path("reference", f"{name}-guidance.json")
+    path = assets.path("reference", f"{teacher}-guidance.json")
     rows: dict[float, dict[str, Any]] = {}
-    for file in (assets.path("reference", f"{name}.json"), path):
+    for file in (assets.path("reference", f"{teacher}.json"), path):
         stored = json.loads(file.read_text()) if file.is_file() else {"weights": None}
         if stored["weights"] == made_with:
             for row in stored["rows"]:
                 first = row["records"][0]
-                if row["steps"] == steps and first["reference"] == reference(name).digest:
+                same = first["reference"] == reference(row["protocol"]).digest
+                if row["steps"] == steps and same:
                     rows[first["guidance"]] = row
     for scale in sorted({float(s) for s in scales}):
         if scale not in rows:
@@ -338,16 +356,20 @@ def _row(generator: Any, **how: Any) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """python -m diffdistill.eval.protocols [--rows | --curve] [PROTOCOL ...]"""
+    """python -m diffdistill.eval.protocols [--rows | --curve] [NAME ...]"""
     import argparse
 
     parser = argparse.ArgumentParser(
         prog="python -m diffdistill.eval.protocols",
-        description="Remake references and teacher rows, or the teacher's curve over guidance.",
+        description="Remake references, or teacher rows, or teachers' curves over guidance.",
     )
-    parser.add_argument("protocols", nargs="*", default=[*PROTOCOLS], metavar="PROTOCOL")
-    parser.add_argument("--rows", action="store_true", help="only teacher rows; references stay")
-    parser.add_argument("--curve", action="store_true", help="only the curve; it continues")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME",
+        help="protocols; with --rows or --curve teachers; default: all",
+    )  # fmt: skip
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--rows", action="store_true", help="evaluate teachers")
+    kind.add_argument("--curve", action="store_true", help="over guidance scales; it continues")
     default = ",".join(f"{scale:g}" for scale in SCALES)
     parser.add_argument("--guidance", default=default, help=f"of the curve; default: {default}")
     args = parser.parse_args(argv)
@@ -355,14 +377,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         scales = [float(text) for text in args.guidance.split(",")]
     except ValueError:
         raise ValueError(f"--guidance {args.guidance}. Give numbers, such as {default}") from None
-    for name in args.protocols:
+    what, known = ("teacher", assets.names("teachers")) if args.rows or args.curve else (
+        "protocol", [*PROTOCOLS]
+    )  # fmt: skip
+    for name in args.names or known:
+        if name not in known:
+            raise ValueError(unknown(what, name, known))
         if args.curve:
             print(write_curve(name, scales))
         elif args.rows:
             print(write_teacher_rows(name))
         else:
             print(write_reference(name), reference(name).floor)
-            print(write_teacher_rows(name))
 
 
 if __name__ == "__main__":

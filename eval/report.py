@@ -11,15 +11,14 @@ import html
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from diffdistill import assets
-from diffdistill.eval import figures, metrics, standings
+from diffdistill.eval import figures, metrics, protocols, standings
 from diffdistill.eval.figures import Line, Panel, Points
 from diffdistill.eval.records import key
 
@@ -95,8 +94,9 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> P
         raise ValueError("no run given. Usage: diffdistill report RUN [RUN ...]")
     folder = Path(out) if out is not None else read[0].path / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    protocols = sorted({r["protocol"] for run in read for r in run.records})
-    worlds = {p: world(p) for p in protocols}
+    judged = sorted({r["protocol"] for run in read for r in run.records})
+    taught = {run.info.get("teacher", "") for run in read}
+    worlds = {p: world(p, taught) for p in judged}
     verdicts = {run.name: verdict(run, worlds) for run in read}
     summary = {
         "runs": [
@@ -108,11 +108,11 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> P
         ],
         "teacher": [
             {"protocol": p, "label": row.label, "records": row.records}
-            for p in protocols for row in worlds[p].teachers
+            for p in judged for row in worlds[p].teachers
         ],
         "guidance": [
             {"protocol": p, "label": row.label, "records": row.records}
-            for p in protocols for row in worlds[p].curve
+            for p in judged for row in worlds[p].curve
         ],
     }  # fmt: skip
     picture(read, worlds, verdicts, folder / "report.png")
@@ -164,37 +164,34 @@ def told_apart(runs: list[Run]) -> list[Run]:
     return runs
 
 
-def teacher_rows(protocol: str) -> list[Row]:
-    """The shipped scores of the protocol's teachers, fewest passes first; none for others."""
-    stored = _shipped(protocol)
-    made = stored.get("rows", [])
-    rows = [_teacher(row, _steps(row["steps"]), stored["weights"]) for row in made]
-    return sorted(rows, key=lambda row: row.records[0]["nfe"])
+def world(protocol: str, taught: Collection[str] = ()) -> World:
+    """What ships with a protocol: of the teachers `taught` that it judges, else of all of these.
 
-
-def world(protocol: str) -> World:
-    """What ships with a protocol. A curve of other weights than the teacher's rows is not used."""
-    teachers, stored = _shipped(protocol), _shipped(f"{protocol}-guidance")
-    found = World(teacher_rows(protocol))
-    command = f"python -m diffdistill.eval.protocols --curve {protocol}"
-    if not teachers:
-        found.missing = f"nothing ships with protocol {protocol}, neither teacher rows nor a curve"
-    elif not stored.get("rows"):
-        found.missing = f"it has not been measured for {protocol}. To make it: {command}"
-    elif stored.get("weights") != teachers.get("weights"):
-        found.missing = f"that of {protocol} is of other weights. To make it again: {command}"
-    else:
-        rows = [
-            _teacher(row, f"guidance {row['records'][0]['guidance']:g}", stored["weights"])
-            for row in stored["rows"]
-        ]
-        found.curve = sorted(rows, key=lambda row: row.records[0]["guidance"])
+    A curve of other weights than the teacher's rows is not used.
+    """
+    every = protocols.rated(protocol)
+    names = [name for name in every if name in taught] or [*every]
+    rows = [
+        _teacher(row, _steps(row["steps"]), every[name]["weights"])
+        for name in names
+        for row in every[name]["rows"]
+    ]
+    found = World(sorted(rows, key=lambda row: (row.teacher, row.records[0]["nfe"])))
+    found.missing = f"nothing ships with protocol {protocol}, neither teacher rows nor a curve"
+    for name in reversed(names):
+        stored = protocols.curve(name)
+        command = f"python -m diffdistill.eval.protocols --curve {name}"
+        if not stored:
+            found.missing = f"it has not been measured for {name}. To make it: {command}"
+        elif stored["weights"] != every[name]["weights"]:
+            found.missing = f"that of {name} is of other weights. To make it again: {command}"
+        else:
+            made = sorted(stored["rows"], key=lambda row: row["records"][0]["guidance"])
+            found.curve = [
+                _teacher(row, f"guidance {row['records'][0]['guidance']:g}", stored["weights"])
+                for row in made
+            ]
     return found
-
-
-def _shipped(name: str) -> dict[str, Any]:
-    file = assets.path("reference", f"{name}.json")
-    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def _teacher(made: Mapping[str, Any], how: str, weights: dict[str, str]) -> Row:

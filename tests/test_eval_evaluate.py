@@ -135,14 +135,17 @@ def test_groups_are_the_registrys_and_cover_the_protocols():
     assert "verdicts" not in few
 
 
-@pytest.mark.parametrize("argv", [["--rows"], []])
-def test_rows_can_be_made_again_while_the_reference_stays(monkeypatch, capsys, argv):
+def test_rows_of_a_teacher_are_made_again_while_the_reference_stays(monkeypatch, capsys):
     made = []
     for name in ("reference", "teacher_rows"):
         monkeypatch.setattr(protocols, f"write_{name}", lambda p, name=name: made.append((name, p)))
-    protocols.main([*argv, "shapes-v1"])
-    whole = [("reference", "shapes-v1"), ("teacher_rows", "shapes-v1")]
-    assert made == whole[len(argv) :]
+    monkeypatch.setattr(protocols, "reference", lambda name: SimpleNamespace(floor=0.3))
+    protocols.main(["--rows", "shapes-sd"])
+    protocols.main(["shapes-v1"])
+    assert made == [("teacher_rows", "shapes-sd"), ("reference", "shapes-v1")]
+    for argv in (["--rows", "shapes-v1"], ["shapes-sd"], ["--curve", "shapes-v1"]):
+        with pytest.raises(ValueError, match=r"unknown (teacher|protocol)"):
+            protocols.main(argv)
 
 
 # ---- diversity within a prompt ------------------------------------------------------------
@@ -332,9 +335,17 @@ def test_missing_files_are_named(tmp_path, monkeypatch):
     assert protocols.teacher_rows("shapes-v1") == []
 
 
-@pytest.mark.parametrize("name", protocols.PROTOCOLS)
+def test_every_shipped_teacher_has_rows_of_its_protocol():
+    judged = {name: set(protocols.rated(name)) for name in protocols.PROTOCOLS}
+    for name in assets.names("teachers"):
+        info = json.loads(assets.path("teachers", name, "diffdistill.json").read_text())
+        assert name in judged[info["protocol"]]
+    assert sum(map(len, judged.values())) == len(assets.names("teachers"))
+
+
+@pytest.mark.parametrize("name", assets.names("teachers"))
 def test_teacher_rows_and_card_are_those_of_the_shipped_weights(name):
-    folder = assets.path("teachers", protocols.get(name).teacher)
+    folder = assets.path("teachers", name)
     said = json.loads((folder / "diffdistill.json").read_text())["weights"]
     files = sorted(folder.rglob("*.safetensors"))
     assert said == {str(f.relative_to(folder)): sha256(f)[:12] for f in files}
@@ -372,9 +383,10 @@ def shipped(tmp_path, monkeypatch):
     monkeypatch.setattr(protocols.assets, "path", lambda *parts: tmp_path.joinpath(*parts))
     (tmp_path / "reference").mkdir()
     rows = {"weights": {"unet": "1"}, "rows": [row(4), row(25)]}
-    (tmp_path / "reference" / "shapes-v1.json").write_text(json.dumps(rows))
+    (tmp_path / "reference" / "shapes-sd.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(protocols.assets, "names", lambda kind: ["shapes-sd"])
     return SimpleNamespace(
-        info=info, asked=asked, file=tmp_path / "reference" / "shapes-v1-guidance.json"
+        info=info, asked=asked, file=tmp_path / "reference" / "shapes-sd-guidance.json"
     )
 
 
@@ -384,24 +396,24 @@ def curve_of(file):
 
 
 def test_a_curve_takes_the_teachers_own_row_and_continues(shipped):
-    protocols.main(["--curve", "shapes-v1", "--guidance", "3,1,2"])
+    protocols.main(["--curve", "shapes-sd", "--guidance", "3,1,2"])
     assert shipped.asked == [{"guidance": 1.0}, {"guidance": 2.0}]  # 3 is the teacher's own
     assert curve_of(shipped.file) == ({"unet": "1"}, [1, 2, 3])
     assert all("verdicts" not in row for row in json.loads(shipped.file.read_text())["rows"])
     with pytest.raises(KeyboardInterrupt):
-        protocols.write_curve("shapes-v1", (4.0, 2.0, 6.0))
+        protocols.write_curve("shapes-sd", (4.0, 2.0, 6.0))
     assert shipped.asked[2:] == [{"guidance": 4.0}]  # stored before the interruption
     assert curve_of(shipped.file)[1] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("change", ["weights", "reference"])
 def test_wrong_rows_of_another_teacher_or_judge_are_not_taken(shipped, monkeypatch, change):
-    protocols.write_curve("shapes-v1", (1.0,))
+    protocols.write_curve("shapes-sd", (1.0,))
     if change == "weights":
         shipped.info["weights"] = {"unet": "2"}
     else:
         monkeypatch.setattr(protocols, "reference", lambda name: SimpleNamespace(digest="q"))
-    protocols.write_curve("shapes-v1", (1.0, 3.0))
+    protocols.write_curve("shapes-sd", (1.0, 3.0))
     assert shipped.asked[1:] == [{"guidance": 1.0}, {"guidance": 3.0}]
     assert curve_of(shipped.file) == (shipped.info["weights"], [1, 3])
 
@@ -411,7 +423,7 @@ def test_wrong_rows_of_another_teacher_or_judge_are_not_taken(shipped, monkeypat
     [
         (["--guidance", "1,x"], "--guidance 1,x. Give numbers"),
         (["--guidance", "0.5"], "guidance 0.5. Allowed: 1"),
-        (["shapes-v2"], "Did you mean 'shapes-v1'"),
+        (["shapes-sx"], "Did you mean 'shapes-sd'"),
     ],
 )
 def test_mistakes_about_curves_are_told_before_anything_is_drawn(shipped, argv, words):

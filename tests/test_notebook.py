@@ -79,11 +79,16 @@ def run(tmp_path, teacher, monkeypatch):
     }  # fmt: skip
     (folder / "eval").mkdir()
     (folder / "eval" / "step_000010.json").write_text(json.dumps({"records": [record]}))
-    row = {"pipeline": "tiny", "steps": 4, "records": [record | {"value": 9.0, "nfe": 7}]}
+    row = {
+        "pipeline": "tiny",
+        "protocol": "none-v1",
+        "steps": 4,
+        "records": [record | {"value": 9.0, "nfe": 7}],
+    }
     other = {"pipeline": "tiny", "steps": 1, "records": [record | {"n": 50, "nfe": 1}]}
     (tmp_path / "reference").mkdir()
     rows = {"weights": {}, "rows": [row, other]}
-    (tmp_path / "reference" / "none-v1.json").write_text(json.dumps(rows))
+    (tmp_path / "reference" / "tiny.json").write_text(json.dumps(rows))
     monkeypatch.setattr(assets, "path", lambda *parts: tmp_path.joinpath(*parts))
     return folder
 

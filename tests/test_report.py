@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffdistill import assets
 from diffdistill.data import shapes
 from diffdistill.eval import figures, report
 from diffdistill.eval.figures import Line, Panel, running_mean, short, thin
@@ -59,8 +60,8 @@ def teacher(tmp_path, monkeypatch):
     ]
     folder = tmp_path / "assets" / "reference"
     folder.mkdir(parents=True)
-    (folder / "shapes-v1.json").write_text(json.dumps({"weights": {"unet": "1"}, "rows": rows}))
-    monkeypatch.setattr(report.assets, "path", lambda *p: tmp_path.joinpath("assets", *p))
+    (folder / "shapes-sd.json").write_text(json.dumps({"weights": {"unet": "1"}, "rows": rows}))
+    monkeypatch.setattr(assets, "path", lambda *p: tmp_path.joinpath("assets", *p))
     return folder
 
 
@@ -70,7 +71,7 @@ def store_curve(folder, weights="1", **how):
         evaluation(fd, g / 8 + 0.4, clip, "shapes-sd", steps=25, nfe=50, guidance=g, **how)
         for g, fd, clip in ((3.0, 9.8, 0.33), (1.0, 14.0, 0.24), (7.0, 21.0, 0.36), (2.0, 8.1, 0.3))
     ]
-    file = folder / "shapes-v1-guidance.json"
+    file = folder / "shapes-sd-guidance.json"
     file.write_text(json.dumps({"weights": {"unet": weights}, "rows": rows}))
 
 
@@ -245,7 +246,7 @@ def test_diversity_stands_beside_the_teachers_with_its_own_count(tmp_path, teach
 
     run = fake_run(tmp_path / "run")
     file = run / "eval" / "step_001000.json"
-    shipped = teacher / "shapes-v1.json"
+    shipped = teacher / "shapes-sd.json"
     rows, made = json.loads(shipped.read_text()), json.loads(file.read_text())
     with_diversity(rows["rows"][0], 0.314)
     with_diversity(made, 0.271)
@@ -256,6 +257,23 @@ def test_diversity_stands_beside_the_teachers_with_its_own_count(tmp_path, teach
         assert text.count(head) == 1
     assert "<td>0.314</td><td>2.51</td>" in text and "<td>0.271</td><td>2.17</td>" in text
     assert "teacher 0.314 · n 752" in text  # in its tile
+
+
+def test_a_report_shows_the_teachers_of_its_runs(tmp_path, teacher):
+    stored = json.loads((teacher / "shapes-sd.json").read_text())
+    other = [row | {"pipeline": "shapes-dit"} for row in stored["rows"]]
+    (teacher / "shapes-dit.json").write_text(json.dumps({"weights": {"net": "2"}, "rows": other}))
+    both = world("shapes-v1")
+    assert {row.teacher for row in both.teachers} == {"shapes-dit", "shapes-sd"}
+    assert world("shapes-v1", {"another"}) == both
+    for name in ("shapes-dit", "shapes-sd"):
+        known = world("shapes-v1", {name})
+        assert [row.teacher for row in known.teachers] == 4 * [name]
+        assert [row.records[0]["nfe"] for row in known.teachers] == [2, 4, 8, 50]
+        assert f"--curve {name}" in known.missing
+    store_curve(teacher)
+    assert len(world("shapes-v1").curve) == len(world("shapes-v1", {"shapes-sd"}).curve) == 4
+    assert world("shapes-v1", {"shapes-dit"}).curve == []
 
 
 def test_several_runs_share_one_table(tmp_path, teacher):
@@ -380,10 +398,10 @@ def test_the_student_is_marked_on_the_teachers_curve(tmp_path, teacher, sheets):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda folder: None, "has not been measured for shapes-v1. To make it: python -m"),
-        (lambda folder: store_curve(folder, weights="2"), "of shapes-v1 is of other weights"),
+        (lambda folder: None, "has not been measured for shapes-sd. To make it: python -m"),
+        (lambda folder: store_curve(folder, weights="2"), "of shapes-sd is of other weights"),
         (lambda folder: store_curve(folder, feature_net="net:0"), "cannot be compared"),
-        (lambda folder: (folder / "shapes-v1.json").unlink(), "nothing ships with protocol"),
+        (lambda folder: (folder / "shapes-sd.json").unlink(), "nothing ships with protocol"),
     ],
 )
 def test_wrong_or_missing_curves_are_not_drawn_and_said_so(tmp_path, teacher, sheets, make, words):
