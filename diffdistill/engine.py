@@ -15,7 +15,8 @@ Semantics (every method spec relies on them):
 
 Networks are not wrapped for data parallelism: after the last micro-batch, the gradients of each
 trained role are averaged over processes by one flat all-reduce. So partial passes (discriminator
-features), JVPs and plain attribute access work on any number of processes.
+features), JVPs and plain attribute access work on any number of processes. Sharded networks (FSDP)
+are refused: their gradients, averages and checkpoints would each be a part taken for the whole.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import Literal, Protocol
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from diffdistill.checkpoint import Checkpoints
@@ -189,6 +191,12 @@ class Engine:
     ) -> Role:
         cfg = optim_of(name, optim)
         params = [p for _, p in trainable(module)]
+        if any(isinstance(p, DTensor) for p in params):
+            raise ValueError(
+                f"the network of role {name!r} is sharded (its parameters are DTensors, as FSDP2 "
+                "makes them). Allowed: whole networks, the same on every process; the engine "
+                "averages their gradients. Leave out fully_shard and accelerate's FSDP plugin"
+            )
         kind = {"adamw": torch.optim.AdamW, "muon": Muon}[cfg.name]
         optimizer = kind(
             params, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps,
