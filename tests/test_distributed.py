@@ -115,7 +115,8 @@ class Transformer(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.inp, self.time = torch.nn.Linear(3, 8), torch.nn.Linear(2, 8)
-        self.qkv, self.out = torch.nn.Linear(8, 24), torch.nn.Linear(8, 3)
+        # a bias of keys has a gradient of zero, and Adam would blow up its rounding
+        self.qkv, self.out = torch.nn.Linear(8, 24, bias=False), torch.nn.Linear(8, 3)
 
     def forward(self, z, t):
         waves = torch.stack([t.cos(), t.sin()], 1).to(z.dtype)
@@ -342,7 +343,7 @@ def test_two_processes_equal_one_with_a_derivative_of_the_student(ran, case):
                 other[name], value, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
             )
     grads = [v.abs().max().item() for n, v in one.items() if n.startswith("grad 0 student")]
-    assert len(grads) == 8 and min(grads) > 1e-3  # of every layer
+    assert len(grads) == 7 and min(grads) > 1e-3  # of every layer
     name = "student.net.qkv.weight"
     assert (one[name] - one[f"start {name}"]).abs().max() > 2e-3  # Adam: 1e-3 in each step
 
