@@ -5,7 +5,7 @@ Yin et al., "Improved Distribution Matching Distillation for Fast Image Synthesi
 
     x           = G(eps, T), or G of the student's own few-step input (backward simulation)
     student:      grad_x = (D_fake(z_t) - D_teacher(z_t)) / mean |x - D_teacher(z_t)|
-                  [+ w_gan softplus(-T(z_s))]  [+ lambda |G(eps_ref) - x_ref|^2 on teacher pairs]]
+                  [+ w_gan softplus(-T(z_s))]  [+ lambda |G(eps_ref) - x_ref|^2 on teacher pairs]
                   [+ sum_d relu(a_d - r_d(x)) over rewards r_d]
     fake score:   w(t) |D_fake(z_t) - sg[x]|^2, the weight that trained the teacher
                   [+ w_cls (softplus(T(fake_s)) + softplus(-T(real_s)))], T reads D_fake's mid block

@@ -411,7 +411,7 @@ def test_the_last_stage_is_dmd_from_the_student_of_a_run(tmp_path):
     more = ["method.stages=[1]", "method.rewards={shapes_clip: 0.9}", "method.student_steps=1"]
     cfg, first = start(tmp_path / "stages", "recipe=hyper_sd_shapes", *more)
     logs = [first.train_step() for _ in range(2)]
-    assert all(0 < log["student/feedback"] < 1 for log in logs)
+    assert all(0 < log["student/feedback"] < 1.9 for log in logs)  # 0.9 - cos
     folder = run.export(cfg, first, teacher, tmp_path / "stages", [])
     _, last = start(tmp_path / "last", "recipe=hyper_sd_last_shapes", f"method.init={folder}")
     left = weights.read(str(folder))
