@@ -15,7 +15,8 @@ Semantics (every method spec relies on them):
 
 Networks are not wrapped for data parallelism: after the last micro-batch, the gradients of each
 trained role are averaged over processes by one flat all-reduce. So partial passes (discriminator
-features), JVPs and plain attribute access work on any number of processes.
+features), JVPs and plain attribute access work on any number of processes. Sharded networks (FSDP)
+are refused: their gradients, averages and checkpoints would each be a part taken for the whole.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import hashlib
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
@@ -122,6 +123,18 @@ def step_seed(*numbers: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def refuse_shards(role: str, params: Sequence[nn.Parameter]) -> None:
+    """ValueError: parameters of which each process holds a part."""
+    from torch.distributed.tensor import DTensor  # slow to import
+
+    if any(isinstance(p, DTensor) for p in params):
+        raise ValueError(
+            f"the network of role {role!r} is sharded (its parameters are DTensors, as FSDP2 makes "
+            "them). Allowed: whole networks, the same on every process; the engine averages their "
+            "gradients. Leave out fully_shard and accelerate's FSDP plugin"
+        )
+
+
 class Engine:
     """Runs a method. `roles` are the trained networks, already on the accelerator's device."""
 
@@ -189,6 +202,8 @@ class Engine:
     ) -> Role:
         cfg = optim_of(name, optim)
         params = [p for _, p in trainable(module)]
+        if self.acc.num_processes > 1:
+            refuse_shards(name, params)
         kind = {"adamw": torch.optim.AdamW, "muon": Muon}[cfg.name]
         optimizer = kind(
             params, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps,

@@ -39,6 +39,11 @@ from diffdistill.tracking import Tracker
 
 PREVIEWS = 24  # samples in a grid
 PACKAGES = ("diffdistill", "torch", "diffusers", "accelerate", "transformers", "numpy")
+SHARDING = {  # what `accelerate launch` exports for it
+    "ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -441,7 +446,19 @@ def launched() -> Accelerator:
 
     Without cpu=True those of a machine without a GPU are strangers to each other under torchrun.
     A process that ends while its group's threads run may abort, so the group is left at exit.
+
+    Raises:
+        ValueError: the launch asks for sharded networks. Accelerate shards what it prepares, and
+            the engine has it prepare nothing, so the request would be lost without a word.
     """
+    for flag, kind in SHARDING.items():
+        if os.environ.get(flag, "").lower() in ("1", "true"):
+            raise ValueError(
+                f"this launch asks for {kind} ({flag}), but networks are not sharded here: every "
+                "process holds all of them whole. Launch with `accelerate launch --multi_gpu` or "
+                "torchrun (a saved answer of `accelerate config` may say otherwise). For less "
+                "memory set student.lora_rank or a smaller train.micro_batch"
+            )
     cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
     accelerator = Accelerator(cpu=cpu)
     if accelerator.num_processes > 1:

@@ -6,32 +6,38 @@ Yin et al., "Improved Distribution Matching Distillation for Fast Image Synthesi
     x           = G(eps, T), or G of the student's own few-step input (backward simulation)
     student:      grad_x = (D_fake(z_t) - D_teacher(z_t)) / mean |x - D_teacher(z_t)|
                   [+ w_gan softplus(-T(z_s))]  [+ lambda |G(eps_ref) - x_ref|^2 on teacher pairs]
+                  [+ sum_d relu(a_d - r_d(x)) over rewards r_d]
     fake score:   w(t) |D_fake(z_t) - sg[x]|^2, the weight that trained the teacher
                   [+ w_cls (softplus(T(fake_s)) + softplus(-T(real_s)))], T reads D_fake's mid block
 
-DMD (v1): ttur=1, regression=0.25, regression_distance=lpips. DMD2: ttur=5, gan=3e-3. Deviations:
-Eq. 8 of DMD has one more factor alpha_t than all released code, which we follow; gradient norms are
-clipped per role (DMD2: fake score and head together); real and fake share a batch's conditions.
+DMD (v1): ttur=1, regression=0.25, regression_distance=lpips. DMD2: ttur=5, gan=3e-3. Last stage of
+Hyper-SD (2404.13686): init=RUN/student of a hyper_sd run, regression, rewards.
+
+Deviations: Eq. 8 of DMD has one more factor alpha_t than all released code, which we follow;
+gradient norms are clipped per role (DMD2: fake score and head together); real and fake share a
+batch's conditions.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
 from diffdistill.denoiser import guided
-from diffdistill.method import Batch, Method, MethodConfig, Needs, Update
+from diffdistill.method import ADDED, Batch, Method, Needs, Update
 from diffdistill.parts import gan
 from diffdistill.parts.checks import check_student_input, check_times
 from diffdistill.parts.perceptual import distance
+from diffdistill.parts.reward import FeedbackConfig
 from diffdistill.parts.rollout import sample, seen_samples, student_output
 from diffdistill.parts.score import dsm, matching_direction, uniform_times, vsd_surrogate
+from diffdistill.parts.weights import start_from
 from diffdistill.registry import register_method
 from diffdistill.schedules import add_noise
 
 
 @dataclass
-class Config(MethodConfig):
+class Config(FeedbackConfig):
     guidance: float = 1.0  # of the teacher, u + g (c - u); the fake score is never guided
     student_steps: int = 1
     student_input: Literal["noise", "backward_sim", "noised_data"] = "backward_sim"  # DMD2 Sec. 4.5
@@ -49,8 +55,10 @@ class Config(MethodConfig):
     gan_feature_source: Literal["fake_trainable", "teacher_frozen"] = "fake_trainable"
     t_low: float = 0.02  # range of the matching times, as a share of the grid; the fake score
     t_high: float = 0.98  # trains on 0.02 more at both ends
+    init: str | None = field(default=None, metadata=ADDED)  # folder that the student starts from
 
     def validate(self) -> None:
+        super().validate()
         check_student_input(self.student_input, self.student_steps)
         check_times(self.t_low, self.t_high)
         if self.regression > 0 and self.student_steps > 1:
@@ -75,10 +83,12 @@ class DMD(Method):
             pairs=pairs,
             pair_steps=cfg.pair_steps,
             features=cfg.gan > 0,
+            prompts=bool(cfg.rewards),
         )
 
     def roles(self):
-        roles = {"student": "teacher", "fake_score": "teacher"}
+        first = start_from(self.cfg.init) if self.cfg.init else "teacher"
+        roles = {"student": first, "fake_score": "teacher"}
         return roles | ({"discriminator": gan.gan_head} if self.cfg.gan > 0 else {})
 
     def updates(self):
@@ -97,6 +107,8 @@ class DMD(Method):
     def student_loss(self, batch: Batch):
         x, cond = self.generate(batch)
         losses = {"_output_std": x.detach().std()}
+        if self.cfg.rewards:
+            losses["feedback"] = self.cfg.feedback_loss(self.teacher, x, cond, batch.prompts)
         if self.cfg.regression > 0:
             pair = batch.pair
             ref = sample(self.student, self.schedule, [pair.eps], pair.cond, self.sampler())

@@ -12,35 +12,44 @@ al., "Phased Consistency Models", 2405.18407 (stages [K], end=edge).
     critic      softplus(T(p)) + softplus(-T(y)), both noised on from t_e to a time up to t_n, T a
                 head on the frozen teacher's features
     target      <- decay target + (1 - decay) student
+    feedback    sum_d relu(a_d - r_d(x)) over rewards, x the student's estimate at one of the later
+                half of its own steps; added to the student's loss in the last stage
 
 in stages of ever fewer segments. Each starts with new optimizer states and with its target at the
 student; after the first the teacher of z' is the student of the stage before, without guidance,
 which it has learned. Samples by DDIM between the segments' edges (eta=0), or as TCD.
 
+The paper's last stage, which makes a student of one step, is a run of its own: method=dmd with
+init=RUN/student of a run of this one, rewards and regression (recipe hyper_sd_last_shapes).
+
 Deviations: p and y are compared in variance-preserving units (the same for Stable Diffusion).
-Guidance is fixed (paper: random). The weights of both losses and the number of steps of each stage
-are not published. The paper's noise perturbation, its reward feedback and its last stage, DMD from
-the student of this one, are not here. LoRA is student.lora_rank.
+Guidance is fixed (paper: random). Not published are the weights of the losses, the number of steps
+of each stage, the levels a_d, the late steps of the feedback, and how noise is perturbed, which is
+taken as one more normal number per channel. Feedback and consistency train the same weights (paper:
+two adapters, merged). The feedback of an instance segmenter (SOLO on COCO's masks) is left out.
+LoRA is student.lora_rank.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
 import torch
 
 from diffdistill.denoiser import guided
-from diffdistill.method import Batch, Method, MethodConfig, Needs, Sampler, Transition, Update
+from diffdistill.method import ADDED, Batch, Method, Needs, Sampler, Transition, Update
 from diffdistill.parts import gan, segments
 from diffdistill.parts.interval import noise_from
 from diffdistill.parts.ode import ddim_step
 from diffdistill.parts.pull import copier, ema_pull
+from diffdistill.parts.reward import FeedbackConfig
+from diffdistill.parts.rollout import student_output
 from diffdistill.registry import register_method
 from diffdistill.schedules import add_noise
 
 
 @dataclass
-class Config(MethodConfig):
+class Config(FeedbackConfig):
     guidance: float = 1.0  # of the teacher in the solver's step, u + g (c - u)
     student_steps: int = 1
     eta: float = 0.0  # noise between steps, 0: none (DDIM), up to 1; TCD's scheduler: 0.3
@@ -52,8 +61,10 @@ class Config(MethodConfig):
     target_decay: float = 0.95  # 0: the target is the student; LCM: 0.95
     mse: float = 1.0
     gan: tuple[float, ...] = ()  # weight in each stage; none: no critic; paper: much for 2 and 1
+    offset_noise: float = field(default=0.0, metadata=ADDED)  # std of one more number per channel
 
     def validate(self) -> None:
+        super().validate()
         counts = (self.student_steps, *self.stages)
         if not self.stages or min(counts) < 1 or max(counts) > self.solver_steps:
             raise ValueError(
@@ -65,10 +76,12 @@ class Config(MethodConfig):
                 f"method.gan={list(self.gan)} for method.stages={list(self.stages)}. Allowed: "
                 "a weight of 0 or more for each stage, or none at all"
             )
-        if not (0 <= self.eta <= 1 and 0 <= self.target_decay < 1 and self.stage_steps > 0):
+        shares = 0 <= self.eta <= 1 and 0 <= self.target_decay < 1
+        if not shares or self.stage_steps < 1 or self.offset_noise < 0:
             raise ValueError(
                 f"method.eta={self.eta}, target_decay={self.target_decay}, stage_steps="
-                f"{self.stage_steps}. Allowed: 0 to 1, 0 to below 1, and 1 or more"
+                f"{self.stage_steps}, offset_noise={self.offset_noise}. Allowed: 0 to 1, 0 to "
+                "below 1, 1 or more, and 0 or more"
             )
 
 
@@ -79,7 +92,7 @@ class HyperSD(Method):
 
     @classmethod
     def needs(cls, cfg: Config) -> Needs:
-        return Needs(images=True, features=any(cfg.gan))
+        return Needs(images=True, features=any(cfg.gan), prompts=bool(cfg.rewards))
 
     def roles(self):
         c, roles = self.cfg, {"student": "teacher"}
@@ -142,10 +155,13 @@ class HyperSD(Method):
         e = segments.end_points(n, segments.edges(c.solver_steps, c.stages[k]), c.end)
         learned = k > 0 and c.trajectory == "previous"
         solver = self.previous if learned else guided(self.teacher, c.guidance)
-        z = add_noise(self.schedule, x, torch.randn_like(x), grid[n])
+        z = add_noise(self.schedule, x, self.noise(x), grid[n])
         p, y = self.pair(solver, z, grid[n], grid[n - 1], grid[e], cond)
         gap = segments.unit_scale(self.schedule, p - y, grid[e])
         losses = {"consistency": c.mse * gap.square().mean()}
+        if c.rewards and k == len(c.stages) - 1:
+            late = self.late(batch)
+            losses["feedback"] = c.feedback_loss(self.teacher, late, cond, batch.prompts)
         if any(c.gan):
             at = grid[e], grid[segments.random_points(e + 1, n)]
             batch.memo["pair"] = p.detach(), y, at
@@ -153,6 +169,18 @@ class HyperSD(Method):
                 logits = self.discriminator(self.features(p, at, cond))
                 losses["gan"] = c.gan[k] * gan.generator_loss(logits)
         return losses
+
+    def noise(self, x):
+        """Normal, perturbed by `offset_noise`."""
+        eps, size = torch.randn_like(x), self.cfg.offset_noise
+        offset = size * torch.randn_like(x[(..., *[slice(1)] * (x.ndim - 2))]) if size else 0
+        return eps + offset
+
+    def late(self, batch: Batch):
+        """The student's estimate at one of the later half of its own steps, from pure noise."""
+        steps = self.cfg.student_steps
+        index = steps // 2 + batch.randint(steps - steps // 2)
+        return student_output(self.student, self.schedule, batch, self.sampler(), index=index)
 
     def critic_loss(self, batch: Batch):
         fake, real, at = batch.memo.pop("pair")

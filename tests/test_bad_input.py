@@ -197,6 +197,17 @@ def test_method_that_needs_features_which_the_teacher_lacks(run, monkeypatch):
     assert "bad_input_probe" in said and "feature_layer" in said
 
 
+@pytest.mark.parametrize(
+    ("flag", "kind"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")]
+)
+def test_a_launch_that_asks_for_sharded_networks(run, monkeypatch, flag, kind):
+    monkeypatch.setenv(flag, "false")
+    assert run()[0] == 0
+    monkeypatch.setenv(flag, "true")
+    said = refused(run, "run.name=other")
+    assert f"asks for {kind} ({flag})" in said and "accelerate launch --multi_gpu" in said
+
+
 def test_nothing_is_trained_before_it_is_refused(run, tmp_path):
     refused(run, "method.tokens=true")
     assert not (tmp_path / "runs" / "r" / "checkpoints").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass
 
 import pytest
@@ -193,6 +195,19 @@ def test_the_fingerprint_ignores_what_does_not_decide_the_student():
     assert fingerprint(compose([*PROBE, *same, "report=false"])[0]) == base
     for change in ("train.seed=1", "method.gan_weight=1", "optim.default.lr=1", "data.size=7"):
         assert fingerprint(compose([*PROBE, change])[0]) != base
+
+
+def test_options_that_came_later_do_not_end_earlier_runs():
+    """At their defaults the fingerprint is that of a config without them."""
+    argv = ["method=dmd", "teacher=shapes-sd", "run.name=a"]
+    cfg, _ = compose(argv)
+    values = asdict(cfg)
+    for name in ("init", "rewards", "feedback"):
+        del values["method"][name]
+    text = json.dumps({name: values[name] for name in config.IDENTITY}, sort_keys=True)
+    assert fingerprint(cfg) == hashlib.sha256(text.encode()).hexdigest()[:16]
+    for more in ("method.init=a", "method.rewards={shapes_clip: 0.3}", "method.feedback=2"):
+        assert fingerprint(compose([*argv, more])[0]) != fingerprint(cfg)
 
 
 def test_a_resolved_config_reloads(tmp_path):

@@ -16,13 +16,17 @@ import faulthandler, json, os, signal, sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from diffdistill.data.stream import TensorStream
+from diffdistill.denoiser import Denoiser
 from diffdistill.ema import EmaConfig
 from diffdistill.engine import Engine, Every, OptimConfig, TrainConfig
+from diffdistill.kernels import student_jvp
 from diffdistill.method import Method, MethodConfig, Update
+from diffdistill.schedules import TrigFlow
 from diffdistill.testing import gaussian, run_method, tiny_denoiser
 
 faulthandler.dump_traceback_later(100, exit=True)  # a hang says where, and leaves no process
@@ -103,6 +107,93 @@ def probe(micro=0, channels_last=False):
 keep("probe", probe())
 keep("probe accumulated", probe(micro=2))
 keep("probe channels_last", probe(channels_last=True))
+
+
+class Transformer(torch.nn.Module):
+    """One block of attention over four tokens: what the fused derivative is made for."""
+
+    def __init__(self):
+        super().__init__()
+        self.inp, self.time = torch.nn.Linear(3, 8), torch.nn.Linear(2, 8)
+        # a bias of keys has a gradient of zero, and Adam would blow up its rounding
+        self.qkv, self.out = torch.nn.Linear(8, 24, bias=False), torch.nn.Linear(8, 3)
+
+    def forward(self, z, t):
+        waves = torch.stack([t.cos(), t.sin()], 1).to(z.dtype)
+        h = self.inp(z) + self.time(waves)[:, None]
+        q, k, v = self.qkv(h).view(len(z), 4, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        h = h + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.out(torch.tanh(h))
+
+
+def scm(name, averaged=True, micro=0):
+    """Three steps with a derivative of the student; its noise and times come from the batch."""
+    torch.manual_seed(7)
+    teacher = Denoiser(Transformer(), TrigFlow(), "v", shape=(4, 3))
+    x = torch.randn(24, 4, 3, generator=torch.Generator().manual_seed(2))
+    engine = run_method(
+        "scm", teacher, steps=3, batch_size=8, x=x, train=False, lr=1e-3, tangent_warmup=0,
+        micro_batch=micro,
+    )
+    trig = engine.method.trig
+    trig.noise = lambda x: torch.sin(37 * x + 1)
+    trig.draw = lambda x, mean, std: 0.2 + 1.1 * torch.sin(53 * x.double().mean((1, 2))).square()
+    if not averaged:
+        engine._average_gradients = lambda role: None
+    for role_name, role in engine.roles.items():
+        for n, p in role.module.named_parameters():
+            results[f"{name}/start {role_name}.{n}"] = p.detach().clone()
+
+        def note(*_, role_name=role_name, role=role):
+            for n, p in role.module.named_parameters():
+                results[f"{name}/grad {role.updates} {role_name}.{n}"] = p.grad.clone()
+
+        role.optimizer.register_step_pre_hook(note)
+    for _ in range(3):
+        engine.train_step()
+    keep(name, engine)
+
+
+scm("scm")
+scm("scm accumulated", micro=2)
+scm("scm apart", averaged=False)
+
+
+def sharded():
+    """What forward mode and the engine make of a network under FSDP2."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    whole, net = Transformer(), Transformer()
+    net.load_state_dict(whole.state_dict())
+    fully_shard(net, mesh=init_device_mesh("cpu", (WORLD,)))
+    z, t = torch.randn(8, 4, 3), torch.linspace(0.3, 1.2, 8, dtype=torch.float64)
+    rows = slice(RANK * 8 // WORLD, (RANK + 1) * 8 // WORLD)
+    moves = torch.cos(z), torch.ones_like(t)
+    _, want = student_jvp(whole, (z, t), moves)
+    _, got = student_jvp(net, (z[rows], t[rows]), [m[rows] for m in moves])
+    whole(z, t).square().mean().backward()
+    net(z[rows], t[rows]).square().mean().backward()
+    gaps = [(got - want[rows]).abs().max()]
+    for p, q in zip(net.parameters(), whole.parameters(), strict=True):
+        gaps.append((p.grad.full_tensor() - q.grad).abs().max())
+    facts["sharded"] = [g.item() for g in gaps]
+    facts["size"] = want.abs().max().item()
+    teacher = Denoiser(net, TrigFlow(), "v", shape=(4, 3))
+    method = Method(MethodConfig(), teacher)
+    method.updates = lambda: (Update("student", ("student",), None),)
+    try:
+        Engine(
+            method, {"student": teacher}, None, train=TrainConfig(batch_size=8), optim={}, ema={},
+            accelerator=acc,
+        )
+    except ValueError as error:
+        facts["refused"] = str(error)
+
+
+if WORLD > 1:
+    sharded()
 
 
 def dmd(folder=None, callback=None):
@@ -240,10 +331,43 @@ def test_accumulation_and_layout_do_not_matter_either(ran):
                 torch.testing.assert_close(value, plain[name], rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("case", ["scm", "scm accumulated"])
+def test_two_processes_equal_one_with_a_derivative_of_the_student(ran, case):
+    """Gradients and weights of three steps of a method that differentiates its student in time."""
+    one = part(ran[2][0], "scm")
+    for tensors in (ran[0][0], ran[1][0], ran[2][0]):
+        other = part(tensors, case)
+        assert other.keys() == one.keys()
+        for name, value in one.items():
+            torch.testing.assert_close(
+                other[name], value, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            )
+    grads = [v.abs().max().item() for n, v in one.items() if n.startswith("grad 0 student")]
+    assert len(grads) == 7 and min(grads) > 1e-3  # of every layer
+    name = "student.net.qkv.weight"
+    assert (one[name] - one[f"start {name}"]).abs().max() > 2e-3  # Adam: 1e-3 in each step
+
+
+def test_two_processes_with_gradients_of_their_own_are_wrong(ran):
+    """The rule above is not empty: without the average, gradients are those of half a batch."""
+    one, half = part(ran[2][0], "scm"), part(ran[0][0], "scm apart")
+    for name, value in one.items():
+        if name.startswith("grad 0 student"):
+            assert (half[name] - value).abs().max() > 1e-4, name
+
+
+def test_a_derivative_passes_through_fsdp2_but_the_engine_refuses_it(ran):
+    for _, facts in ran[:2]:
+        assert max(facts["sharded"]) < 1e-6 < 0.1 < facts["size"]
+        assert "role 'student' is sharded" in facts["refused"]
+        assert "Leave out fully_shard" in facts["refused"]
+
+
 def test_processes_stay_identical(ran):
     (first, facts), (second, other), _ = ran
     assert first.keys() == second.keys()
-    assert [k for k in first if not torch.equal(first[k], second[k])] == []
+    apart = [k for k in first if not torch.equal(first[k], second[k])]
+    assert [k for k in apart if not k.startswith("scm apart")] == []
     assert facts["updates"] == {"student": 4, "fake_score": 8, "discriminator": 8}
     noise, theirs = facts["noise"], other["noise"]
     assert len(noise) == 4 * 2  # updates x micro-batches of each process

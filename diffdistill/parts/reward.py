@@ -6,7 +6,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.method import ADDED, MethodConfig
 from diffdistill.schedules import times
 
 Denoise = Callable[[Tensor, Tensor, Cond], Tensor]
@@ -68,7 +69,7 @@ def score_of(score: Score, teacher: Denoiser, x: Tensor, cond: Cond) -> Tensor:
 
 
 def clamped(similarity: Tensor, enough: float) -> Tensor:
-    """mean max(0, enough - similarity) (SwiftBrush v2, arXiv 2408.14176)."""
+    """mean max(0, enough - similarity) (SwiftBrush v2, arXiv 2408.14176; Hyper-SD, 2404.13686)."""
     return F.relu(enough - similarity).mean()
 
 
@@ -150,6 +151,47 @@ def rewards_of_samples(
     return rewards_of(
         reward, lambda z, t, cond: z, teacher, x, teacher.schedule.t_min, cond, prompts
     )
+
+
+@dataclass
+class FeedbackConfig(MethodConfig):
+    """Options of methods whose student also climbs rewards (Hyper-SD, arXiv 2404.13686).
+
+    The paper's rewards are LAION's aesthetic score and ImageReward, its levels are not published.
+    """
+
+    # differentiable reward: the level beyond which it is silent
+    rewards: dict[str, float] = field(default_factory=dict, metadata=ADDED)
+    feedback: float = field(default=1.0, metadata=ADDED)  # weight of their loss
+
+    def validate(self) -> None:
+        for name in self.rewards:
+            if not load_reward(name).differentiable:
+                raise ValueError(
+                    f"method.rewards has {name}, which gives no gradient. Allowed: differentiable "
+                    "rewards, such as shapes_clip, fashion_class, or a function whose attribute "
+                    "`differentiable` is True"
+                )
+        if self.feedback <= 0:
+            raise ValueError(
+                f"method.feedback={self.feedback}. Allowed: more than 0; none: method.rewards={{}}"
+            )
+
+    def feedback_loss(
+        self, teacher: Denoiser, x: Tensor, cond: Cond, prompts: Sequence[Any]
+    ) -> Tensor:
+        """feedback sum_d mean relu(a_d - r_d(x)) over rewards r_d and their levels a_d.
+
+        A sample whose reward is above the level gets no gradient: this stops over-optimisation.
+        """
+        values = {
+            name: rewards_of_samples(load_reward(name), teacher, x, cond, prompts)
+            for name in self.rewards
+        }
+        return self.feedback * sum(
+            (clamped(values[name], level) for name, level in self.rewards.items()),
+            torch.zeros((), device=x.device),
+        )
 
 
 @functools.cache

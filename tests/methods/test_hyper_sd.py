@@ -6,15 +6,18 @@ from itertools import pairwise
 
 import pytest
 import torch
+from accelerate import Accelerator
 
+from diffdistill import config, run
 from diffdistill.denoiser import guided
 from diffdistill.method import Sampler
-from diffdistill.methods import hyper_sd
-from diffdistill.parts import segments
+from diffdistill.methods import dmd, hyper_sd
+from diffdistill.parts import reward, segments, weights
 from diffdistill.parts.interval import kernel
 from diffdistill.parts.ode import ddim, ddim_step
 from diffdistill.parts.rollout import finish, renoise, sample
 from diffdistill.schedules import DDPM, EDM, RectifiedFlow, TrigFlow, add_noise
+from diffdistill.teachers import load_teacher
 from diffdistill.testing import gaussian, mixture, run_method, student_samples, tiny_denoiser
 
 SD = DDPM((1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0))
@@ -304,6 +307,127 @@ def test_one_step_becomes_the_solvers_sample_and_wrong_solver_steps_do_not(wrong
     assert out.mean().item() == pytest.approx(want.mean().item(), abs=0.1) or wrong
 
 
+# ---- 9 feedback, and what comes after ---------------------------------------------------
+
+
+@pytest.fixture
+def judges(monkeypatch):
+    """Two rewards of clean estimates: their mean, and twice that."""
+    for name, factor in (("mean", 1), ("twice", 2)):
+        score = lambda x, t, prompts, f=factor: f * x.flatten(1).mean(1)  # noqa: E731
+        judge = reward.Reward(name, score, "latents", differentiable=True)
+        monkeypatch.setitem(reward.WORLDS, name, judge)
+
+
+def test_9_a_reward_above_its_level_is_silent(judges):
+    x = torch.tensor([[0.2, 0.2], [0.9, 0.9]], requires_grad=True)
+    teacher = gaussian((0.0, 0.0), 1.0)
+    loss = hyper_sd.Config(rewards={"mean": 0.5}, feedback=2.0).feedback_loss(teacher, x, {}, [])
+    assert loss.item() == pytest.approx(2 * 0.3 / 2)
+    (grad,) = torch.autograd.grad(loss, x)
+    assert grad.tolist() == [[-0.5, -0.5], [0.0, 0.0]]  # -2 / (2 samples x 2 elements)
+    both = hyper_sd.Config(rewards={"mean": 0.5, "twice": 1.0})
+    assert both.feedback_loss(teacher, x, {}, []).item() == pytest.approx(0.3 / 2 + 0.6 / 2)
+
+
+def test_9_gradients_pass_the_last_estimate_alone(judges):
+    engine = make(stages=(1,), student_steps=4, rewards={"mean": 10.0})
+    m, batch = engine.method, engine._micro_batches(0)[0]
+    engine._unfreeze_only(("student",))
+    student, calls, ends = m.student, [], set()
+
+    def listen(z, t, cond):
+        calls.append((t[0].item(), torch.is_grad_enabled(), z.requires_grad))
+        return student(z, t, cond)
+
+    m._roles["student"] = listen
+    for _ in range(12):
+        calls.clear()
+        x = m.late(batch)
+        assert [c[0] for c in calls] == list(m.sampler().times[: len(calls)])
+        assert [c[1] for c in calls] == [False] * (len(calls) - 1) + [True]
+        assert x.requires_grad and not any(c[2] for c in calls)
+        ends.add(len(calls))
+    assert ends == {3, 4}  # the later half of four steps
+
+
+def test_9_feedback_belongs_to_the_last_stage(judges):
+    engine = make(stages=(2, 1), stage_steps=2, rewards={"mean": 10.0})
+    logs = [engine.train_step() for _ in range(4)]
+    assert ["student/feedback" in log for log in logs] == [False, False, True, True]
+    assert hyper_sd.HyperSD.needs(engine.method.cfg).prompts
+    assert not hyper_sd.HyperSD.needs(make().method.cfg).prompts
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_9_rewards_rise_to_their_level_and_wrong_losses_without_a_hinge_go_on(
+    wrong, judges, monkeypatch
+):
+    if wrong:
+        monkeypatch.setattr(reward, "clamped", lambda value, enough: (enough - value).mean())
+    engine = run_method(
+        "hyper_sd", gaussian((0.0,), 1.0, EDM(t_max=5.0)), steps=300, batch_size=64,
+        x=torch.randn(64, 1), lr=1e-2, solver_steps=8, stages=(1,), target_decay=0.0, mse=0.0,
+        rewards={"mean": 1.0},
+    )  # fmt: skip
+    x = student_samples(engine, 2000)
+    assert (x > 0.95).float().mean() > 0.95
+    assert bool(x.mean() < 2) is not wrong
+
+
+def test_perturbed_noise():
+    x = torch.zeros(4000, 2, 4, 4)
+    eps = method(offset_noise=0.5).noise(x)
+    offset = eps.mean((2, 3))
+    assert offset.var().item() == pytest.approx(0.25 + 1 / 16, rel=0.05)
+    assert (eps - offset[:, :, None, None]).var().item() == pytest.approx(15 / 16, rel=0.02)
+    assert abs(torch.corrcoef(offset.T)[0, 1].item()) < 0.05  # a number for each channel
+    torch.manual_seed(3)
+    plain = torch.randn_like(x)
+    torch.manual_seed(3)
+    assert torch.equal(method().noise(x), plain)
+    engine, seen = make(offset_noise=0.5), []
+    m, batch = engine.method, engine._micro_batches(0)[0]
+    m.noise = torch.zeros_like
+    m.pair = lambda solver, z, *_: seen.append(z) or (z, z)
+    m.student_loss(batch, 0)
+    torch.testing.assert_close(seen[0], batch.x)  # EDM: alpha = 1
+
+
+def test_the_last_stage_is_dmd_from_the_student_of_a_run(tmp_path):
+    """The student that a run leaves is where DMD with feedback starts; its fake score is not."""
+    small = [
+        "train.steps=2", "train.batch_size=4", "data.size=12", "precision.dtype=fp32", "threads=1",
+        "precision.attention=default", "precision.channels_last=off", "student.lora_rank=0",
+    ]  # fmt: skip
+    teacher, acc = load_teacher("shapes-sd"), Accelerator(cpu=True)
+
+    def start(folder, *argv):
+        cfg, _ = config.compose([*argv, *small, f"run.root={tmp_path}"])
+        cls = hyper_sd.HyperSD if cfg.method_name == "hyper_sd" else dmd.DMD
+        folder.mkdir()
+        return cfg, run.build(cfg, cls, cls.needs(cfg.method), teacher, folder, acc)
+
+    more = ["method.stages=[1]", "method.rewards={shapes_clip: 0.9}", "method.student_steps=1"]
+    cfg, first = start(tmp_path / "stages", "recipe=hyper_sd_shapes", *more)
+    logs = [first.train_step() for _ in range(2)]
+    assert all(0 < log["student/feedback"] < 1.9 for log in logs)  # 0.9 - cos
+    folder = run.export(cfg, first, teacher, tmp_path / "stages", [])
+    _, last = start(tmp_path / "last", "recipe=hyper_sd_last_shapes", f"method.init={folder}")
+    left = weights.read(str(folder))
+    begun, own = last.method.student.net.state_dict(), teacher.denoiser.net.state_dict()
+    assert left.keys() == begun.keys()
+    assert all(torch.equal(left[k], begun[k]) for k in left)
+    assert any(not torch.equal(left[k], own[k]) for k in left)
+    fake = last.method.fake_score.net.state_dict()
+    assert all(torch.equal(fake[k], own[k]) for k in own)
+    assert last.method.sampler().times == first.method.sampler().times == (999.0,)
+    log = last.train_step()
+    assert log["student/feedback"] > 0 and log["student/grad_norm"] > 0
+    with pytest.raises(ValueError, match="has none of unet/diffusion"):
+        start(tmp_path / "none", "recipe=hyper_sd_last_shapes", f"method.init={tmp_path}")
+
+
 def test_the_scale_of_the_comparison():
     z, t = torch.ones(2, 1), torch.tensor([3.0, 0.5], dtype=torch.float64)
     found = segments.unit_scale(EDM(), z, t).flatten().tolist()
@@ -317,7 +441,10 @@ def test_the_scale_of_the_comparison():
     [
         ({"stages": ()}, "one stage or more"), ({"stages": (60,)}, "from 1 to solver_steps=50"),
         ({"gan": (1.0,)}, "a weight of 0 or more for each stage"), ({"eta": 1.5}, "0 to 1"),
-        ({"stage_steps": 0}, "1 or more"),
+        ({"stage_steps": 0}, "1 or more"), ({"offset_noise": -0.1}, "and 0 or more"),
+        ({"rewards": {"shapes_verdict": 1.0}}, "shapes_verdict, which gives no gradient"),
+        ({"rewards": {"shapes": 1.0}}, "reward 'shapes' is unknown"),
+        ({"feedback": 0.0}, "method.feedback=0.0"),
     ],
 )  # fmt: skip
 def test_options_that_make_no_sense_are_refused(options, words):
