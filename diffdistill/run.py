@@ -446,10 +446,13 @@ def launched() -> Accelerator:
 
     Without cpu=True those of a machine without a GPU are strangers to each other under torchrun.
     A process that ends while its group's threads run may abort, so the group is left at exit.
+    Mixed precision is `precision.dtype`, whatever the launcher was told: Accelerate would scale
+    losses in fp16, and the engine does not use its optimizers, which divide by that again.
 
     Raises:
-        ValueError: the launch asks for sharded networks. Accelerate shards what it prepares, and
-            the engine has it prepare nothing, so the request would be lost without a word.
+        ValueError: the launch asks for sharded networks or for accumulated gradients. Accelerate
+            shards what it prepares, and the engine has it prepare nothing, so the request would
+            be lost without a word; and it would divide losses that the engine averages itself.
     """
     for flag, kind in SHARDING.items():
         if os.environ.get(flag, "").lower() in ("1", "true"):
@@ -459,8 +462,14 @@ def launched() -> Accelerator:
                 "torchrun (a saved answer of `accelerate config` may say otherwise). For less "
                 "memory set student.lora_rank or a smaller train.micro_batch"
             )
+    asked = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if asked != "1":
+        raise ValueError(
+            f"this launch asks for {asked} steps of accumulation (--gradient_accumulation_steps). "
+            "Leave that out: train.batch_size is the whole batch, train.micro_batch its parts"
+        )
     cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
-    accelerator = Accelerator(cpu=cpu)
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no")
     if accelerator.num_processes > 1:
         atexit.register(accelerator.state.destroy_process_group)
     return accelerator

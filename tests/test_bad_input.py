@@ -208,6 +208,15 @@ def test_a_launch_that_asks_for_sharded_networks(run, monkeypatch, flag, kind):
     assert f"asks for {kind} ({flag})" in said and "accelerate launch --multi_gpu" in said
 
 
+def test_a_launch_that_accumulates_gradients(run, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")  # precision.dtype says what is done
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    assert run()[0] == 0
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    said = refused(run, "run.name=other")
+    assert "asks for 4 steps of accumulation" in said and "train.micro_batch" in said
+
+
 def test_nothing_is_trained_before_it_is_refused(run, tmp_path):
     refused(run, "method.tokens=true")
     assert not (tmp_path / "runs" / "r" / "checkpoints").exists()
