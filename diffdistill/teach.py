@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +38,20 @@ def train_stage(
     out: Path,
     accelerator: Accelerator,
     check: Callable[[], str] | None = None,
+    others: Mapping[str, nn.Module] | None = None,
 ) -> nn.Module:
-    """Train `module` as the role `student` and return it with its averaged weights."""
+    """Train `module` as the role `student`, beside the `others`; returns its averaged weights."""
     settings = dict(settings)
     train = TrainConfig(**{k: settings.pop(k) for k in ("steps", "batch_size")})
     average = EmaConfig(value=settings.pop("ema"))
     optim = OptimConfig(**settings)
-    method.attach({"student": module.to(accelerator.device)})
+    roles = {"student": module} | dict(others or {})
+    for role in roles.values():
+        role.to(accelerator.device)
+    method.attach(roles)
     tracker = Tracker(out / name)
     engine = Engine(
-        method, {"student": module}, stream, train=train, optim={"default": optim},
+        method, roles, stream, train=train, optim={"default": optim},
         ema={"default": average}, accelerator=accelerator, tracker=tracker,
         checkpoints=Checkpoints(out / name / "checkpoints"), checkpoint_every=500, log_every=50,
     )  # fmt: skip

@@ -1,4 +1,8 @@
-"""Train the tokenizer of an autoregressive world: reconstruction, codebook and commitment."""
+"""Train the tokenizer of an autoregressive world: reconstruction, codebook and commitment.
+
+Then its decoder alone, against a discriminator: few tokens cannot say what a texture looks like,
+and the mean of what they allow is blurred.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from torch import Tensor, nn
 
 from diffdistill.denoiser import Runtime
 from diffdistill.method import Batch, Method, MethodConfig, Update
+from diffdistill.parts import gan
 
 
 @dataclass
@@ -79,3 +84,54 @@ class Quantiser(Method):
         pick = torch.randint(len(self._seen), (len(dead),), device=dead.device)
         codes.tokenizer.book[dead] = self._seen[pick]
         codes.usage[dead] = 1.0
+
+
+@dataclass
+class SharpenerConfig(MethodConfig):
+    gan: float = 0.1  # weight of the decoder's GAN loss
+    r1: float = 1.0  # weight of 0.5 |grad D|^2 at real images; arXiv 1801.04406
+
+
+def patch_critic(channels: int, width: int = 64) -> nn.Sequential:
+    """Images -> a logit for each patch (arXiv 1611.07004), here of 22 x 22 pixels."""
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2),
+        nn.Conv2d(width, 2 * width, 4, 2, 1), nn.GroupNorm(8, 2 * width), nn.LeakyReLU(0.2),
+        nn.Conv2d(2 * width, 1, 4, 1, 1),
+    )  # fmt: skip
+
+
+class Sharpener(Method):
+    """The student is the pair (post_quant_conv, decoder) of a tokenizer; its codes stay.
+
+    TiTok's second stage (arXiv 2406.07550, Sec. 3.2) with VQGAN's kind of discriminator.
+    """
+
+    Config = SharpenerConfig
+    name = "sharpener"
+
+    def __init__(self, cfg: SharpenerConfig, tokenizer: nn.Module):
+        self.cfg, self.tokenizer, self._roles = cfg, tokenizer, {}
+
+    def updates(self):
+        return (
+            Update("decoder", ("student",), self.loss),
+            Update("critic", ("discriminator",), self.critic_loss),
+        )
+
+    def loss(self, batch: Batch):
+        out = self.tokenizer.decode(self.tokenizer.codebook[batch.extra["tokens"]])
+        batch.memo["out"] = out.detach()
+        return {
+            "l1": (out - batch.x).abs().mean(),
+            "gan": self.cfg.gan * gan.generator_loss(self.discriminator(out)),
+        }
+
+    def critic_loss(self, batch: Batch):
+        fake = self.discriminator(batch.memo["out"])
+        real = self.discriminator(batch.x)
+        return {
+            "gan": gan.critic_loss(real, fake),
+            "r1": self.cfg.r1 * gan.r1(self.discriminator, batch.x),
+            "_accuracy": gan.accuracy(real, fake),
+        }

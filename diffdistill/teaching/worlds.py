@@ -410,6 +410,18 @@ def _token_teacher(
     tokens, shown = tokenizer.tokens(x), tokenizer.tokens(test)
 
     torch.manual_seed(0)
+    given = dict(settings["sharpener"])
+    method = vq.Sharpener(vq.SharpenerConfig(gan=given.pop("gan"), r1=given.pop("r1")), tokenizer)
+    decoder = nn.ModuleList([tokenizer.post_quant_conv, tokenizer.decoder])
+    decoder.requires_grad_(True)
+    stream = TensorStream(
+        len(x), (1, 28, 28), {}, x=x, extra={"tokens": lambda i: tokens[i]},
+        device=accelerator.device,
+    )  # fmt: skip
+    critic = {"discriminator": vq.patch_critic(1)}
+    train("sharpener", method, decoder, stream, given, folder, accelerator, fidelity, critic)
+
+    torch.manual_seed(0)
     c = tokenizer.config
     sides = {"grid": tokenizer.grid} if c.scales is None else {"scales": c.scales}
     net = kind(
