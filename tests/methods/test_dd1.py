@@ -203,6 +203,19 @@ def test_losses_are_those_of_the_noise_positions():
     assert "ce" not in got and "token" in got
 
 
+def test_the_last_steps_are_for_one_step_alone():
+    model, cond = teacher(), {"label": lambda i: torch.zeros_like(i)}
+    engine = run_method(
+        "dd1", model, steps=40, batch_size=8, pairs=trajectories(model, 64), cond=cond,
+        starts=(0, 1), one_step_from=20, train=False,
+    )  # fmt: skip
+    seen, jump = [], engine.method.student.jump
+    engine.method.student.jump = lambda x, start, c: seen.append(start) or jump(x, start, c)
+    for _ in range(40):
+        engine.train_step()
+    assert set(seen[:20]) == {0, 1} and set(seen[20:]) == {0}
+
+
 def test_options():
     from diffdistill.registry import get_method
 
@@ -212,6 +225,7 @@ def test_options():
         ({"starts": (0, 0)}, "must rise from 0"),
         ({"student_steps": 2}, "allows 1 to 1"),
         ({"distance": "lpips"}, "method.split"),
+        ({"starts": (0, 1), "student_steps": 2, "one_step_from": 9}, "Leave one of them out"),
     ):
         with pytest.raises(ValueError, match=said):
             make(**bad).validate()
