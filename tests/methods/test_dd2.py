@@ -274,19 +274,14 @@ def test_only_the_head_learns_at_first():
 # ---- a teacher that reads indices -------------------------------------------------------
 
 
-def stage_zero(steps=204, **options):
+def stage_zero(steps=104, adapt_steps=102, reader_steps=100):
     """An engine that teaches a teacher of indices to read vectors, on its own tokens as images."""
     model = teacher_of_indices()
-    options = {
-        "adapt_steps": 202,
-        "reader_steps": 200,
-        "reader_width": 64,
-        "head_width": 16,
-    } | options
     return run_method(
         "dd2", model, steps=steps, batch_size=8, pairs=sequences(model, 64), train=False,
         x=model.vectors(sequences(model, 64)[1]), cond={"label": no_class}, model_steps=1,
-        optim={"default": OptimConfig(lr=1e-2, weight_decay=0.0)}, **options,
+        optim={"default": OptimConfig(lr=2e-2, weight_decay=0.0)}, adapt_steps=adapt_steps,
+        reader_steps=reader_steps, reader_width=128, head_width=16,
     )  # fmt: skip
 
 
@@ -299,15 +294,15 @@ def test_a_teacher_of_indices_learns_to_read_vectors():
     apart = lambda: (adapted.logits(q, label) - teacher.logits(q, label)).abs().mean()  # noqa: E731
     gap = apart()
     first = engine.train_step()["adapted/reader"]
-    for _ in range(199):
+    for _ in range(99):
         last = engine.train_step()["adapted/reader"]
-    assert last < 0.01 * first  # the best linear map leaves more than half of the table
+    assert last < 0.2 * first  # the best linear map leaves more than half of the table
     ones = torch.cat([teacher.codebook, torch.ones(12, 1)], 1)
     linear = ones @ torch.linalg.lstsq(ones, teacher.net.enter.weight).solution
     assert (linear - teacher.net.enter.weight).square().sum(-1).mean() > 0.5 * first
     moved = {n for n, p in adapted.net.named_parameters() if not torch.equal(p, start[n])}
     assert moved == {n for n in start if n.startswith("enter.")}
-    assert gap > 0.1 and apart() < 0.2 * gap
+    assert gap > 0.1 and apart() < 0.5 * gap
     # the network learns with it, by the likelihood of the images' tokens
     batch = engine._micro_batches(0)[0]
     method.cfg.cond_dropout = 0.0
@@ -344,9 +339,6 @@ def test_the_model_starts_from_the_adapted_teacher():
     for _ in range(2):
         engine.train_step()
     adapted = engine.method.adapted.net.state_dict()
-    for name in ("adapted", "model", "student", "fake_score"):
-        for group in engine.roles[name].optimizer.param_groups:
-            group["lr"] = 0.0
     engine.lr = lambda role: 0.0
     engine.train_step()
     model = engine.method.model.net.state_dict()
@@ -452,8 +444,8 @@ def distance(engine, n=40_000):
 
 def test_learns_the_joint_distribution():
     """Independent tokens would be at 0.36, the model itself as generator at 0.6."""
-    end, q = distance(toy(toy_model(300, 256), 120, 128))
-    assert end < 0.34
+    end, q = distance(toy(toy_model(300, 128), 120, 128))
+    assert end < 0.31
     method = engine_of(table(*TOY)).method
     label = {"label": torch.zeros(len(q), dtype=torch.int64)}
     x = generate_with_teacher(
