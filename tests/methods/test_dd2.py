@@ -433,7 +433,11 @@ def toy(model, rounds, batch=256, **options):
 
 
 @torch.no_grad()
-def distance(engine, n=40_000):
+def distance(engine, n=40_000, averaged=False):
+    """Total variation between the student's joint and the teacher's, and the student's vectors."""
+    role = engine.roles["student"]
+    if averaged:
+        role.ema["default"].swap(role.module)
     method, eps = engine.method, torch.randn(n, 2, 2, generator=torch.Generator().manual_seed(5))
     q = generate(
         method.student, eps, {"label": torch.zeros(n, dtype=torch.int64)}, method.sampler()
@@ -459,7 +463,7 @@ def test_learns_the_joint_distribution():
 def test_learns_the_joint_distribution_closely_and_wrong_alpha_does_not():
     """At alpha 1.2 tokens run away. With beta2 = 0.999 they did not within 560 rounds."""
     model = toy_model(2000)
-    assert distance(toy(model, 2000))[0] < 0.13
+    assert distance(toy(model, 2000), averaged=True)[0] < 0.13
     assert distance(toy(model, 200, alpha=1.2))[0] > 0.9
 
 
