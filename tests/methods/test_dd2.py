@@ -454,8 +454,7 @@ def distance(engine, n=40_000, averaged=False):
 
 def test_learns_the_joint_distribution():
     """Independent tokens would be at 0.36, the model itself as generator at 0.6."""
-    model = toy_model(300, 128)
-    end, q = distance(toy(model, 120, 128))
+    end, q = distance(toy(toy_model(300, 128), 120, 128))
     assert end < 0.31
     method = engine_of(table(*TOY)).method
     label = {"label": torch.zeros(len(q), dtype=torch.int64)}
@@ -464,13 +463,6 @@ def test_learns_the_joint_distribution():
     )
     again = 0.5 * (joint(method.teacher.nearest(x), 4) - TRUE).abs().sum().item()
     assert again < 0.02  # all groups by the teacher
-    # tokens that lie far apart come together again; with a wrong alpha they run away
-    apart = []
-    for alpha in (1.0, 1.2):
-        x = distance(toy(model, 50, 128, spread=3.0, alpha=alpha))[1]
-        nearest = method.teacher.vectors(method.teacher.nearest(x))
-        apart.append((x - nearest).norm(dim=-1).mean().item())
-    assert apart[0] < 1.5 and apart[1] > 5
 
 
 @pytest.mark.slow
