@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from diffdistill.card import LABELLED
 from diffdistill.errors import guarded
 from diffdistill.eval import metrics
 
@@ -186,7 +187,7 @@ def _conditions(args: argparse.Namespace, info: dict[str, Any]) -> list:
         raise ValueError("both prompts and labels are given. Give what the pipeline takes")
     if prompts or labels:
         return prompts or [int(label) for label in labels]
-    if info["family"] in ("edm", "tokens"):
+    if info["family"] in LABELLED:
         return [i % 10 for i in range(20)]
     if info.get("world") == "shapes":
         return [shapes.scene(i, "test").caption for i in range(args.num or 18)]

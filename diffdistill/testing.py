@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -239,16 +240,16 @@ class TableNet(nn.Module):
         self.register_buffer("codes", codes)
         self.config = SimpleNamespace(indices=False, classes=0, kind=kind)
         count, channels, width = *codes.shape, 96
-        layers = lambda i, o: nn.Sequential(  # noqa: E731
-            nn.Linear(i, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, o)
-        )
-        if kind == "diffusion":
-            from diffdistill.pipelines.token_nets import DiffusionHead
 
+        def layers(inputs: int, outputs: int, depth: int = 2) -> nn.Sequential:
+            sizes = [inputs, *[width] * depth, outputs]
+            made = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.SiLU())]
+            return nn.Sequential(*made[:-1])
+
+        if kind == "diffusion":
             self.start = nn.Parameter(torch.randn(width) / 10)
             self.backbone = layers(channels, width)
-            self.head = DiffusionHead(channels, width, width, 3)
-            self.head.reset()
+            self.head = layers(channels + 2 + width, channels, 3)
         elif kind == "jump":
             self.one, self.two = layers(channels, count), layers(2 * channels + 1, count)
 
@@ -271,7 +272,8 @@ class TableNet(nn.Module):
         return torch.stack([self.start.expand(len(label), -1), self.backbone(inputs[:, 0])], 1)
 
     def velocity(self, z: Tensor, t: Tensor, f: Tensor) -> Tensor:
-        return self.head(z, t, f)
+        time = torch.stack([t, t.log()], -1)
+        return self.head(torch.cat([z, time, f.expand(*z.shape[:-1], -1)], -1))
 
     def jump(self, x: Tensor, is_data: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         flag = is_data[0].to(x.dtype).expand(len(x), 1)

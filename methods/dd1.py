@@ -13,6 +13,7 @@ Deviations: t is drawn per micro-batch, not per sample; by default the cross ent
 positions and d is the squared distance of vectors, so that `split` can be chosen after training
 (paper: the groups below `split`, and LPIPS of the decoded image: ce=split, distance=lpips). A new
 input layer, for teachers that read indices, starts as the linear map nearest to their embedding.
+Ours is a tail of the training for one step alone (`one_step_from`).
 """
 
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ class Config(MethodConfig):
     solver_steps: int = 24  # of Heun's method per token
     student_steps: int = 1  # so many of `starts` are used
     starts: tuple[int, ...] = (0,)  # groups that are data at each call; VAR-d16: (0, 5)
+    one_step_from: int | None = None  # step from which t is 0 only; None: never
     split: int | None = None  # groups below it are read off the logits; None: all. VAR-d16: 5
     token_weight: float = 1.0  # lambda, of the vectors' loss
     ce: Literal["all", "split"] = "all"  # groups in the cross entropy
@@ -41,6 +43,11 @@ class Config(MethodConfig):
 
     def validate(self) -> None:
         check_starts(self.starts, self.student_steps)
+        if self.one_step_from is not None and self.student_steps > 1:
+            raise ValueError(
+                f"method.one_step_from={self.one_step_from} trains one step alone, but "
+                f"method.student_steps={self.student_steps}. Leave one of them out"
+            )
         if self.distance == "lpips" and self.split is None:
             raise ValueError(
                 "method.distance=lpips compares the groups from method.split on, which is not set"
@@ -73,6 +80,8 @@ class DD1(Method):
     def loss(self, batch: Batch):
         cfg, pair, level = self.cfg, batch.pair, self.teacher.level
         start = cfg.starts[batch.randint(len(cfg.starts))]
+        if cfg.one_step_from is not None and batch.step >= cfg.one_step_from:
+            start = 0
         target, noise = self.teacher.vectors(pair.x), level >= start
         x = torch.where(noise[:, None], pair.eps, target)
         logits, vectors = self.student.jump(x, start, pair.cond)

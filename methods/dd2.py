@@ -3,6 +3,8 @@
 Liu et al., "Distilled Decoding 2: One-step Sampling of Image Auto-regressive Models with
 Conditional Score Distillation", arXiv 2510.21003. No code is released.
 
+    teacher      of indices only: |enter(c_j) - e_j|^2, then CE on real tokens, now as vectors
+
     z = (1 - t) q + t eps for each token;  p_i = p(. | q_<i) of the teacher;  f_i = f(q_<i)
     model        |v(z_i, t, f_i) - v_p(z_i, t)|^2 on the teacher's sequences (ground-truth score)
     student := model, fake_score := model
@@ -12,9 +14,10 @@ Conditional Score Distillation", arXiv 2510.21003. No code is released.
     alignment    student := its average, the fake score trains alone, then ttur_after per student
 
 The paper is silent on: the times (uniform), the head (`head_width`, `head_blocks`), the weight
-(`parts.conditional_score`), the noise fed to scales (along the path of the codes). A teacher that
-reads indices is conditioned on nearest codes, and so is the fake score; the paper fine-tunes it on
-vectors instead. AdamW's decay is the run's.
+(`parts.conditional_score`), the noise fed to scales (along the path of the codes), the new input
+layer (`reader_width`). Without `adapt_steps` a teacher that reads indices is conditioned on nearest
+codes, and so is the fake score. The model's sequences are of the teacher before it was adapted.
+AdamW's decay is the run's.
 """
 
 from dataclasses import dataclass
@@ -31,13 +34,15 @@ from diffdistill.method import (
     Transition,
     Update,
 )
-from diffdistill.parts.autoregressive import generate
+from diffdistill.parts.autoregressive import generate, next_token_loss
 from diffdistill.parts.categorical import denoised
-from diffdistill.parts.checks import check_times
+from diffdistill.parts.checks import check_reader, check_times
 from diffdistill.parts.conditional_score import (
+    carry,
     conditional_loss,
     conditionals,
     noised,
+    reading_error,
     teacher_velocity,
     velocity_loss,
 )
@@ -49,7 +54,11 @@ class Config(MethodConfig):
     guidance: float = 1.0  # of the teacher's p; VAR: 3 (its cfg 2), LlamaGen: 2
     pairs: int = 20_000  # sequences of the teacher for the model
     solver_steps: int = 24  # of their trajectories, which dd1 shares
-    model_steps: int = 2000  # first steps of the run, for the model; VAR-d16: 330k
+    adapt_steps: int = 0  # first steps of the run, for a teacher of indices; LlamaGen: 200k
+    reader_steps: int = 500  # of these, the first ones fit the new input layer alone
+    reader_width: int = 256  # its hidden units
+    cond_dropout: float = 0.1  # share of samples without class, in the rest of them
+    model_steps: int = 2000  # the next steps, for the model; VAR-d16: 330k
     head_steps: int = 0  # of these, the first ones train the head alone; VAR-d16: 300k
     draws: int = 2  # noisings of each token per pass
     ttur: int = 5  # fake-score updates per student update
@@ -68,11 +77,20 @@ class Config(MethodConfig):
         check_times(self.t_low, self.t_high)
         if self.t_low <= 0:
             raise ValueError("method.t_low=0: the smoothed codes have no score there. Give 0.02")
-        if self.align_at is not None and self.align_at <= self.model_steps:
+        if 0 < self.adapt_steps <= self.reader_steps:
             raise ValueError(
-                f"method.align_at={self.align_at} is not after method.model_steps="
-                f"{self.model_steps}; the student has not been trained by then"
+                f"method.reader_steps={self.reader_steps} leave nothing of method.adapt_steps="
+                f"{self.adapt_steps} for the network. Give fewer"
             )
+        if self.align_at is not None and self.align_at <= self.begin:
+            raise ValueError(
+                f"method.align_at={self.align_at} is not after method.adapt_steps + "
+                f"method.model_steps={self.begin}; the student has not been trained by then"
+            )
+
+    @property
+    def begin(self) -> int:
+        return self.adapt_steps + self.model_steps
 
 
 @register_method("dd2")
@@ -82,32 +100,51 @@ class DD2(Method):
 
     @classmethod
     def needs(cls, cfg: Config) -> Needs:
-        return Needs(pairs=cfg.pairs, pair_steps=cfg.solver_steps, teacher="tokens")
+        return Needs(
+            images=cfg.adapt_steps > 0, pairs=cfg.pairs, pair_steps=cfg.solver_steps,
+            teacher="tokens",
+        )  # fmt: skip
 
     def roles(self):
-        size = {"head_width": self.cfg.head_width, "head_blocks": self.cfg.head_blocks}
+        cfg = self.cfg
+        check_reader(cfg.adapt_steps, self.teacher)
+        size = {"head_width": cfg.head_width, "head_blocks": cfg.head_blocks}
+        size |= {"reader": cfg.reader_width} if cfg.adapt_steps else {}
         names = ("model", "student", "fake_score")
-        return {name: lambda teacher: teacher.variant("diffusion", **size) for name in names}
+        roles = {name: lambda teacher: teacher.variant("diffusion", **size) for name in names}
+        if cfg.adapt_steps:
+            roles["adapted"] = lambda teacher: teacher.variant("teacher", reader=cfg.reader_width)
+        return roles
+
+    @property
+    def conditional(self):
+        """The teacher that can be asked about what the student makes."""
+        return self.adapted if self.cfg.adapt_steps else self.teacher
 
     def updates(self):
-        cfg, begin, align = self.cfg, self.cfg.model_steps, self.cfg.align_at
+        cfg, begin, align = self.cfg, self.cfg.begin, self.cfg.align_at
         first = Update(
             "student", ("student",), self.student_loss, every=cfg.ttur, start=begin, stop=align
         )
         fake = Update("fake_score", ("fake_score",), self.fake_score_loss, start=begin)
-        model = Update("model", ("model",), self.model_loss, stop=begin)
+        model = Update("model", ("model",), self.model_loss, start=cfg.adapt_steps, stop=begin)
+        before = (model,)
+        if cfg.adapt_steps:
+            adapt = Update("adapted", ("adapted",), self.adapted_loss, stop=cfg.adapt_steps)
+            before = (adapt, model)
         if align is None:
-            return model, first, fake
+            return *before, first, fake
         again = align + cfg.align_steps
         second = Update(
             "student", ("student",), self.student_loss, every=cfg.ttur_after, start=again
         )
-        return model, first, second, fake
+        return *before, first, second, fake
 
     def transitions(self):
-        begin, align = self.cfg.model_steps, self.cfg.align_at
-        moves = [Transition(begin, "model", to) for to in ("student", "fake_score")]
-        moves = moves if begin else []
+        adapt, begin, align = self.cfg.adapt_steps, self.cfg.begin, self.cfg.align_at
+        moves = [Transition(adapt, "adapted", "model", copy=carry)] if adapt else []
+        if begin:
+            moves += [Transition(begin, "model", to) for to in ("student", "fake_score")]
         if align is not None:
             moves.append(Transition(align, "student", "student", averaged=True))
         return moves
@@ -122,11 +159,17 @@ class DD2(Method):
     def times(self, q, draws: int = 1):
         return noised(q, self.cfg.t_low, self.cfg.t_high, draws)
 
+    def adapted_loss(self, batch: Batch):
+        if batch.step < self.cfg.reader_steps:
+            return {"reader": reading_error(self.adapted, self.teacher)}
+        tokens, label = self.teacher.nearest(batch.x), batch.cond["label"]
+        return {"nll": next_token_loss(self.adapted, tokens, label, self.cfg.cond_dropout)}
+
     def model_loss(self, batch: Batch):
         q, cond = self.teacher.vectors(batch.pair.x), batch.pair.cond
         z, t, _ = self.times(q, self.cfg.draws)
-        v = teacher_velocity(z, t, conditionals(self.teacher, q, cond, self.cfg.guidance))
-        with torch.set_grad_enabled(batch.step >= self.cfg.head_steps):
+        v = teacher_velocity(z, t, conditionals(self.conditional, q, cond, self.cfg.guidance))
+        with torch.set_grad_enabled(batch.step - self.cfg.adapt_steps >= self.cfg.head_steps):
             f = self.model.features(q, cond)
         return {"gts": velocity_loss(self.model, f, z, t, v)}
 
@@ -134,13 +177,13 @@ class DD2(Method):
         with torch.no_grad():
             q = self.generate(batch)
         z, t, eps = self.times(q, self.cfg.draws)
-        f = self.fake_score.features(self.teacher.admissible(q), batch.cond)
+        f = self.fake_score.features(self.conditional.admissible(q), batch.cond)
         return {"dsm": velocity_loss(self.fake_score, f, z, t, eps - q)}
 
     def student_loss(self, batch: Batch):
         q = self.generate(batch)
-        before = self.teacher.admissible(q.detach())
-        p = conditionals(self.teacher, before, batch.cond, self.cfg.guidance)
+        before = self.conditional.admissible(q.detach())
+        p = conditionals(self.conditional, before, batch.cond, self.cfg.guidance)
         with torch.no_grad():
             f = self.fake_score.features(before, batch.cond)
         z, t, _ = self.times(q)

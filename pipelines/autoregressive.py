@@ -202,6 +202,8 @@ class AutoregressiveFewStepPipeline(_TokenPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         teacher_groups: tuple[int, int] | None = None,
+        split: int | None = None,
+        snap: bool = False,
     ) -> ImagePipelineOutput | tuple:
         """One image per label.
 
@@ -212,6 +214,9 @@ class AutoregressiveFewStepPipeline(_TokenPipeline):
                 The student itself needs none.
             generator, latents, output_type: as in AutoregressivePipeline.
             teacher_groups: (a, b): groups a .. b - 1 are drawn again by the teacher, one pass each.
+            split: another one than the student's own, for this call: groups below it are read off
+                the logits. Together with `teacher_groups` the papers' VAR-d16 has 5, 8 or 9.
+            snap: decode the nearest codes instead of the vectors.
         """
         if num_inference_steps not in (None, self.steps):
             raise ValueError(untrained_steps(num_inference_steps, self.steps))
@@ -223,7 +228,7 @@ class AutoregressiveFewStepPipeline(_TokenPipeline):
         label, eps = self._start(labels, generator, latents, output_type)
         cond, c = {"label": label}, self.config
         student = token_model(self.transformer, self.tokenizer)
-        sampler = TokenSampler(tuple(c.starts), c.split, c.draw)
+        sampler = TokenSampler(tuple(c.starts), self._split(split), c.draw)
         if teacher_groups is None:
             x = generate(student, eps, cond, sampler)
         else:
@@ -232,7 +237,16 @@ class AutoregressiveFewStepPipeline(_TokenPipeline):
                 student, self._teacher(), eps, cond, sampler, self._groups(teacher_groups),
                 float(guidance) or 1.0,
             )  # fmt: skip
+        x = student.vectors(student.nearest(x)) if snap else x
         return self._finish(x, output_type, return_dict)
+
+    def _split(self, given: int | None) -> int:
+        count = len(self.tokenizer.groups)
+        if given is not None and self.transformer.config.kind != "jump":
+            raise ValueError(f"split={given}, but this student has no logits. Leave it out")
+        if given is not None and not 0 <= given <= count:
+            raise ValueError(f"split={given}. Give 0 to {count}, the number of groups")
+        return self.config.split if given is None else given
 
     def _teacher(self) -> TokenModel:
         if self.teacher is None:

@@ -19,6 +19,7 @@ from diffusers import (
 from torch import Tensor
 from tqdm import tqdm
 
+from diffdistill.card import LABELLED
 from diffdistill.pipelines.autoregressive import (
     AutoregressiveFewStepPipeline,
     AutoregressivePipeline,
@@ -32,7 +33,6 @@ FAMILIES = {
     "SanaSprintPipeline": "sana", "EDMPipeline": "edm", "AutoregressivePipeline": "tokens",
     "AutoregressiveFewStepPipeline": "tokens",
 }  # fmt: skip
-LABELLED = ("edm", "tokens")  # families that are driven by class labels; the others by prompts
 # steps and guidance of a folder without diffdistill.json
 STOCK = {"sd": (50, 7.5), "sd3": (28, 7.0), "sana": (20, 4.5), "edm": (18, 1.0)}
 

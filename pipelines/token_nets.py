@@ -39,8 +39,14 @@ class TokenNet(ModelMixin, ConfigMixin):
         if c.indices and c.kind != "teacher":
             raise ValueError(f"a network of kind {c.kind!r} reads vectors; set indices=False")
         self.label = nn.Embedding(c.classes + 1, c.width)
-        entry = nn.Embedding(c.codes, c.width) if c.indices else nn.Linear(c.channels, c.width)
-        self.enter = entry
+        if c.indices:
+            self.enter = nn.Embedding(c.codes, c.width)
+        elif c.reader:
+            self.enter = nn.Sequential(
+                nn.Linear(c.channels, c.reader), nn.SiLU(), nn.Linear(c.reader, c.width)
+            )
+        else:
+            self.enter = nn.Linear(c.channels, c.width)
         if c.kind == "diffusion":
             self.head = DiffusionHead(c.channels, c.width, c.head_width, c.head_blocks)
             return
@@ -57,13 +63,14 @@ class TokenNet(ModelMixin, ConfigMixin):
     def variant(self, kind: Kind, codebook: Tensor, **options: Any) -> TokenNet:
         """The same size of network in another kind, with this one's weights where they fit.
 
-        A table of index embeddings becomes the linear map of code vectors that is nearest to it.
+        A table of index embeddings becomes the linear map of code vectors that is nearest to it;
+        with `reader` a new network, which has to learn the table.
         """
         config = {k: v for k, v in self.config.items() if not k.startswith("_")}
         new = type(self)(**config | {"kind": kind, "indices": False, "dropout": 0.0} | options)
         new.to(self.label.weight.device)
         state = {k: v for k, v in self.state_dict().items() if not k.startswith("enter.")}
-        if isinstance(self.enter, nn.Embedding):
+        if isinstance(self.enter, nn.Embedding):  # below, a new reader keeps its own weights
             ones = torch.cat([codebook, torch.ones_like(codebook[:, :1])], 1)
             fit = torch.linalg.lstsq(ones, self.enter.weight.detach().float()).solution
             state |= {"enter.weight": fit[:-1].T, "enter.bias": fit[-1]}
@@ -116,6 +123,7 @@ class RasterTransformer(TokenNet):
         hidden: of the gated feed-forward; None: two thirds of 4 width, rounded up to a multiple.
         grid: tokens on a side.
         indices: the input is an embedding of the index (LlamaGen), not a map of the code vector.
+        reader: hidden units of that map; 0: it is linear.
         head_width, head_blocks: of the diffusion head.
     """
 
@@ -135,6 +143,7 @@ class RasterTransformer(TokenNet):
         dropout: float = 0.0,
         head_width: int = 192,
         head_blocks: int = 3,
+        reader: int = 0,
         norm_eps: float = 1e-5,
     ):
         super().__init__()
@@ -208,6 +217,7 @@ class MultiScaleTransformer(TokenNet):
         dropout: float = 0.0,
         head_width: int = 192,
         head_blocks: int = 3,
+        reader: int = 0,
         norm_eps: float = 1e-6,
     ):
         super().__init__()

@@ -137,6 +137,8 @@ def test_the_teacher_can_take_over_some_groups(tmp_path):
     torch.testing.assert_close(got, pipe([0, 1, 2, 3], **call).images)  # all of it is the teacher
     part = mixed([0, 1, 2, 3], teacher_groups=(2, 3), **call).images
     assert (part - got).abs().max() > 1e-3
+    other = mixed([0, 1, 2, 3], teacher_groups=(2, 3), split=4, **call).images
+    assert (part - other).abs().max() > 1e-3  # the last group is read off the logits
     with pytest.raises(ValueError, match="0 <= a < b <= 4"):
         mixed(0, teacher_groups=(3, 5))
     with pytest.raises(ValueError, match="distilled into this student"):
@@ -145,6 +147,28 @@ def test_the_teacher_can_take_over_some_groups(tmp_path):
         mixed(0, num_inference_steps=7)
     with pytest.raises(ValueError, match="of kind 'teacher' was given"):
         AutoregressiveFewStepPipeline(pipe.transformer, pipe.tokenizer)
+
+
+def test_a_call_may_split_elsewhere_and_snap(tmp_path):
+    pipe, model, _, folder = student(tmp_path)
+    alone = AutoregressiveFewStepPipeline.from_pretrained(folder)
+    eps, label = torch.randn(4, *model.shape), torch.tensor([0, 1, 2, 3])
+    call = {"labels": label.tolist(), "latents": eps, "output_type": "pt"}
+    for split in (0, 3):
+        with torch.no_grad():
+            x = generate(model, eps, {"label": label}, TokenSampler((0, 1), split))
+            want = [
+                (pipe.tokenizer.decode(v) / 2 + 0.5).clamp(0, 1)
+                for v in (x, model.vectors(model.nearest(x)))
+            ]
+        torch.testing.assert_close(alone(**call, split=split).images, want[0])
+        torch.testing.assert_close(alone(**call, split=split, snap=True).images, want[1])
+        assert (want[0] - want[1]).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="split=5"):
+        alone(**call, split=5)
+    _, _, _, folder = student(tmp_path / "other", net="diffusion", sampler=TokenSampler())
+    with pytest.raises(ValueError, match="has no logits"):
+        AutoregressiveFewStepPipeline.from_pretrained(folder)(**call, split=2)
 
 
 def test_a_folder_without_our_file_is_a_teacher(tmp_path):

@@ -76,6 +76,17 @@ def test_variants_keep_the_teachers_weights(kind):
     torch.testing.assert_close(m.variant("diffusion").features(q, LABEL), m.features(q, LABEL))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reader_stands_before_the_teachers_weights_and_is_carried_on(kind):
+    m, q = model(kind), torch.randn(2, *model(kind).shape)
+    adapted = m.variant("teacher", reader=8)
+    torch.testing.assert_close(adapted.net.output.weight, m.net.output.weight)
+    assert adapted.net.enter[0].out_features == 8 and not adapted.net.config.indices
+    assert (adapted.logits(q, LABEL) - m.logits(q, LABEL)).abs().max() > 1e-3
+    student = adapted.variant("diffusion")
+    torch.testing.assert_close(student.features(q, LABEL), adapted.features(q, LABEL))
+
+
 def test_indices_become_the_nearest_linear_map_of_the_codes():
     pipe = tiny_tokens()
     config = {k: v for k, v in pipe.transformer.config.items() if not k.startswith("_")}

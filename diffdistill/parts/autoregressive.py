@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diffdistill.denoiser import Cond
@@ -28,6 +29,19 @@ def multinomial(log_p: Tensor, eps: Tensor, _codebook: Tensor) -> Tensor:
     index = torch.searchsorted(p.cumsum(-1), u).squeeze(-1).clamp(max=p.shape[-1] - 1)
     possible = p.gather(-1, index[..., None]).squeeze(-1) > 0  # rounding at the upper end
     return torch.where(possible, index, p.argmax(-1))
+
+
+def next_token_loss(model: TokenModel, tokens: Tensor, label: Tensor, dropout: float) -> Tensor:
+    """Cross entropy of every token given the earlier groups, a scalar.
+
+    Args:
+        tokens: int64 [B, n]. label: int64 [B].
+        dropout: share of samples that see no class, for guidance.
+    """
+    drop = torch.rand(len(label), device=label.device) < dropout
+    label = label.masked_fill(drop, model.net.config.classes)
+    logits = model.logits(model.vectors(tokens), {"label": label})
+    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
 
 @torch.no_grad()

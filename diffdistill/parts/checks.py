@@ -35,6 +35,15 @@ def check_starts(starts: Sequence[int], steps: int) -> None:
         )
 
 
+def check_reader(steps: int, teacher: TokenModel) -> None:
+    """Only a teacher of indices has to learn to read vectors."""
+    if steps and not teacher.net.config.indices:
+        raise ValueError(
+            f"method.adapt_steps={steps}, but this teacher reads vectors already. Set "
+            "method.adapt_steps=0"
+        )
+
+
 def check_groups(values: Sequence[int], teacher: TokenModel) -> None:
     """Starts and splits must lie inside the teacher's sequence."""
     count = len(teacher.groups)

@@ -2,7 +2,8 @@
 
 Liu et al., "Distilled Decoding 2", arXiv 2510.21003. With z = (1 - t) q + t eps for each token,
 a = E[q | z, q_<i] by the teacher (closed form, `parts.categorical`), b the same by the guidance
-network's velocity, b = z - t v.
+network's velocity, b = z - t v. A teacher that reads indices must learn to read vectors first:
+`reading_error`, then its ordinary loss.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond
 from diffdistill.parts.categorical import denoised, kept
@@ -19,6 +20,20 @@ from diffdistill.tokens import TokenModel, log_probs
 
 Divergence = Literal["sid", "dmd"]
 Conditional = tuple[Tensor, Tensor]  # log p [B, n, k] and codes [V, C] or [B, n, k, C]
+
+
+def reading_error(model: TokenModel, teacher: TokenModel) -> Tensor:
+    """sum_j |enter(c_j) - e_j|^2 / V: a new input layer against the teacher's index embedding."""
+    table = teacher.net.enter.weight.detach()
+    return (model.net.enter(model.codebook.to(table.dtype)) - table).square().sum(-1).mean()
+
+
+def carry(source: nn.Module, target: nn.Module) -> None:
+    """All parameters that two kinds of one network share."""
+    values = dict(source.named_parameters())
+    for name, p in target.named_parameters():
+        if name in values:
+            p.copy_(values[name])
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,44 +144,24 @@ def _adapt(pipe: Any, info: dict[str, Any]) -> Teacher:
             pipe.scheduler.config.prediction_type,
             sd.encode_prompts(pipe, [""]),
         )
-        denoiser.decode = lambda x: sd.decode(pipe.vae, x)
-        teacher = Teacher(
-            info["name"], "sd", denoiser,
-            encode=lambda prompts: {"text": sd.encode_prompts(pipe, list(prompts))},
-            to_x=lambda images: sd.encode_images(pipe, images),
-            to_images=lambda x: sd.decode_latents(pipe, x),
-            pipe=pipe, info=info,
-        )  # fmt: skip
+        encode = lambda prompts: {"text": sd.encode_prompts(pipe, prompts)}  # noqa: E731
+        teacher = _prompted("sd", pipe, denoiser, encode, info)
     elif kind == "StableDiffusion3Pipeline":
-        from diffdistill.teachers import sd, sd3
+        from diffdistill.teachers import sd3
 
         denoiser = sd3.sd3_denoiser(
             pipe.transformer, pipe.scheduler.config.shift, sd3.encode_prompts(pipe, [""])
         )
-        denoiser.decode = lambda x: sd.decode(pipe.vae, x)
-        teacher = Teacher(
-            info["name"], "sd3", denoiser,
-            encode=lambda prompts: sd3.encode_prompts(pipe, list(prompts)),
-            to_x=lambda images: sd.encode_images(pipe, images),
-            to_images=lambda x: sd.decode_latents(pipe, x),
-            pipe=pipe, info=info,
-        )  # fmt: skip
+        teacher = _prompted("sd3", pipe, denoiser, partial(sd3.encode_prompts, pipe), info)
     elif kind == "SanaPipeline":
-        from diffdistill.teachers import sana, sd
+        from diffdistill.teachers import sana
 
         c = pipe.scheduler.config
         denoiser = sana.sana_denoiser(
             pipe.transformer, c.get("flow_shift") or c.get("shift") or 1.0,
             sana.encode_prompts(pipe, [""], instructed=False),
         )  # fmt: skip
-        denoiser.decode = lambda x: sd.decode(pipe.vae, x)
-        teacher = Teacher(
-            info["name"], "sana", denoiser,
-            encode=lambda prompts: sana.encode_prompts(pipe, list(prompts)),
-            to_x=lambda images: sd.encode_images(pipe, images),
-            to_images=lambda x: sd.decode_latents(pipe, x),
-            pipe=pipe, info=info,
-        )  # fmt: skip
+        teacher = _prompted("sana", pipe, denoiser, partial(sana.encode_prompts, pipe), info)
     elif kind == "EDMPipeline":
         teacher = Teacher(
             info["name"], "edm", pipe.denoiser(),
@@ -203,6 +184,24 @@ def _adapt(pipe: Any, info: dict[str, Any]) -> Teacher:
         if isinstance(part, torch.nn.Module):
             part.eval().requires_grad_(False)
     return teacher
+
+
+def _prompted(
+    family: str,
+    pipe: Any,
+    denoiser: Denoiser,
+    encode: Callable[[list[str]], Cond],
+    info: dict[str, Any],
+) -> Teacher:
+    """A teacher of prompts, in the latents of an autoencoder."""
+    from diffdistill.teachers import sd
+
+    denoiser.decode = lambda x: sd.decode(pipe.vae, x)
+    return Teacher(
+        info["name"], family, denoiser, encode=lambda prompts: encode(list(prompts)),
+        to_x=lambda images: sd.encode_images(pipe, images),
+        to_images=lambda x: sd.decode_latents(pipe, x), pipe=pipe, info=info,
+    )  # fmt: skip
 
 
 def _module(denoiser: Denoiser) -> Teacher:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-
 from diffdistill.method import Batch, Method, MethodConfig, Update
+from diffdistill.parts.autoregressive import next_token_loss
 
 
 @dataclass
@@ -30,7 +28,4 @@ class NextToken(Method):
 
     def loss(self, batch: Batch):
         tokens, label = batch.extra["tokens"], batch.cond["label"]
-        drop = torch.rand(len(label), device=label.device) < self.cfg.cond_dropout
-        label = label.masked_fill(drop, self.student.net.config.classes)
-        logits = self.student.logits(self.student.vectors(tokens), {"label": label})
-        return {"nll": F.cross_entropy(logits.flatten(0, 1), tokens.flatten())}
+        return {"nll": next_token_loss(self.student, tokens, label, self.cfg.cond_dropout)}

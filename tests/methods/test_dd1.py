@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from diffdistill.engine import OptimConfig
 from diffdistill.method import TokenSampler
 from diffdistill.parts.autoregressive import generate, generate_with_teacher, sample_tokens
 from diffdistill.parts.categorical import flow_map
@@ -35,12 +36,12 @@ def apart(tokens, count=3):
     return 0.5 * (joint(tokens, count) - TRUE).abs().sum().item()
 
 
-def train(method, model, n=20_000, steps=400, **options):
-    pairs = trajectories(model, n)
-    cond = {"label": lambda i: torch.zeros_like(i)}
+def train(method, model, n=20_000, steps=200, pairs=None, **options):
     return run_method(
-        method, model, steps=steps, batch_size=256, lr=3e-3, pairs=pairs, cond=cond, **options
-    )
+        method, model, steps=steps, batch_size=256, pairs=pairs or trajectories(model, n),
+        cond={"label": torch.zeros_like},
+        optim={"default": OptimConfig(lr=1e-2, weight_decay=0.0, decay="linear")}, **options,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -151,10 +152,7 @@ def test_learns_the_joint_and_independent_decoding_does_not():
 def test_wrong_pairing_of_noise_and_tokens_does_not_learn():
     model = teacher()
     eps, tokens = trajectories(model, 20_000)
-    engine = run_method(
-        "dd1", model, steps=300, batch_size=256, lr=3e-3, pairs=(eps, tokens.roll(1, 0)),
-        cond={"label": lambda i: torch.zeros_like(i)},
-    )  # fmt: skip
+    engine = train("dd1", model, steps=100, pairs=(eps, tokens.roll(1, 0)))
     assert apart(student_tokens(engine)) > 0.4  # argmax of the marginals
 
 
@@ -162,12 +160,12 @@ def test_two_codes_are_a_half_space():
     """A student of one deciding token agrees with the sign of a projection of its noise."""
     codes = ((0.3, -0.4), (-0.5, 0.2))
     model = table((0.3, 0.7), ((0.5, 0.5), (0.5, 0.5)), codes)
-    engine = train("dd1", model, steps=500)
-    eps = torch.randn(5000, 2, 2)
-    x = generate(engine.method.student, eps, label(5000), TokenSampler((0,), 2))
+    engine = train("dd1", model)
+    eps = torch.randn(20_000, 2, 2)
+    x = generate(engine.method.student, eps, label(20_000), TokenSampler((0,), 2))
     u = F.normalize(torch.tensor(codes[1]) - torch.tensor(codes[0]), dim=0)
     want = eps[:, 0] @ u >= torch.special.ndtri(torch.tensor(0.3))
-    assert ((model.nearest(x)[:, 0] == 1) == want).float().mean() > 0.985
+    assert ((model.nearest(x)[:, 0] == 1) == want).float().mean() > 0.995
 
 
 def loss_of(engine, **options):
@@ -203,6 +201,15 @@ def test_losses_are_those_of_the_noise_positions():
     assert "ce" not in got and "token" in got
 
 
+def test_the_last_steps_are_for_one_step_alone():
+    engine = train("dd1", teacher(), 64, 40, starts=(0, 1), one_step_from=20, train=False)
+    seen, jump = [], engine.method.student.jump
+    engine.method.student.jump = lambda x, start, c: seen.append(start) or jump(x, start, c)
+    for _ in range(40):
+        engine.train_step()
+    assert set(seen[:20]) == {0, 1} and set(seen[20:]) == {0}
+
+
 def test_options():
     from diffdistill.registry import get_method
 
@@ -212,6 +219,7 @@ def test_options():
         ({"starts": (0, 0)}, "must rise from 0"),
         ({"student_steps": 2}, "allows 1 to 1"),
         ({"distance": "lpips"}, "method.split"),
+        ({"starts": (0, 1), "student_steps": 2, "one_step_from": 9}, "Leave one of them out"),
     ):
         with pytest.raises(ValueError, match=said):
             make(**bad).validate()
