@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from diffdistill import config, run
 from diffdistill.registry import get_method
 from diffdistill.teachers import embedded, load_teacher
-from diffdistill.testing import tiny_tokens
 
 GOLDEN = Path(__file__).parent / "golden"
 STEPS = 10
@@ -39,7 +38,6 @@ MORE = {  # what a recipe needs besides, to be small
     "crd_shapes": ["method.group=3", "method.student_steps=2"],
     "crd_fashion": ["method.group=3", "method.student_steps=2"],
 }  # fmt: skip
-TINY = ("fashion-ar", "fashion-var")  # teachers that a tiny one stands for
 
 
 @pytest.fixture
@@ -59,7 +57,7 @@ def test_first_losses(recipe, tmp_path, sample_of_fashion):
     cls = get_method(cfg.method_name)
     if cfg.teacher.name == "shapes-dit" and "shapes-dit" not in embedded():
         pytest.skip("the weights of shapes-dit are not there yet")
-    teacher = load_teacher(tiny_tokens() if cfg.teacher.name in TINY else cfg.teacher.name)
+    teacher = load_teacher(cfg.teacher.name)
     acc = Accelerator(cpu=True)
     engine = run.build(cfg, cls, cls.needs(cfg.method), teacher, tmp_path, acc)
     losses = [{k: float(v) for k, v in engine.train_step().items()} for _ in range(STEPS)]
