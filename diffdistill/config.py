@@ -31,7 +31,7 @@ from diffdistill import assets
 from diffdistill.data.prepare import DataConfig
 from diffdistill.ema import EmaConfig
 from diffdistill.engine import OptimConfig, TrainConfig
-from diffdistill.method import MethodConfig, decisive
+from diffdistill.method import MethodConfig
 from diffdistill.registry import get_method, method_names, unknown
 from diffdistill.runtime import PrecisionConfig
 
@@ -310,7 +310,7 @@ def to_yaml(cfg: RunConfig) -> str:
 
 def fingerprint(cfg: RunConfig) -> str:
     """Hash of what must not change between a run and its continuation."""
-    values = asdict(cfg) | {"method": decisive(cfg.method)}
+    values = asdict(cfg)
     return _hash({section: values[section] for section in IDENTITY})[:16]
 
 

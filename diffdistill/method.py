@@ -11,7 +11,7 @@ The engine (`diffdistill.engine`) owns optimizers, devices, precision, EMA, logg
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -138,18 +138,6 @@ class MethodConfig:
 
     def validate(self) -> None:
         """Cross-field checks. Raises ValueError before anything is loaded."""
-
-
-# Metadata of a config's field that came after others, with a default that changes nothing: at that
-# value it is no part of a run's fingerprint, so runs from before it can be continued.
-ADDED = {"added": True}
-
-
-def decisive(cfg: MethodConfig) -> dict[str, Any]:
-    """The values of a config without those of `ADDED` fields that were left alone."""
-    plain, values = type(cfg)(), asdict(cfg)
-    late = {f.name for f in fields(cfg) if "added" in f.metadata}
-    return {k: v for k, v in values.items() if k not in late or v != getattr(plain, k)}
 
 
 RoleInit = str | Callable[[Any], nn.Module]  # of the teacher

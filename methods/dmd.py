@@ -18,13 +18,13 @@ gradient norms are clipped per role (DMD2: fake score and head together); real a
 batch's conditions.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from diffdistill.denoiser import guided
-from diffdistill.method import ADDED, Batch, Method, Needs, Update
+from diffdistill.method import Batch, Method, Needs, Update
 from diffdistill.parts import gan
 from diffdistill.parts.checks import check_student_input, check_times
 from diffdistill.parts.perceptual import distance
@@ -55,7 +55,7 @@ class Config(FeedbackConfig):
     gan_feature_source: Literal["fake_trainable", "teacher_frozen"] = "fake_trainable"
     t_low: float = 0.02  # range of the matching times, as a share of the grid; the fake score
     t_high: float = 0.98  # trains on 0.02 more at both ends
-    init: str | None = field(default=None, metadata=ADDED)  # folder that the student starts from
+    init: str | None = None  # folder that the student starts from
 
     def validate(self) -> None:
         super().validate()

@@ -30,14 +30,14 @@ two adapters, merged). The feedback of an instance segmenter (SOLO on COCO's mas
 LoRA is student.lora_rank.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import torch
 
 from diffdistill.denoiser import guided
-from diffdistill.method import ADDED, Batch, Method, Needs, Sampler, Transition, Update
+from diffdistill.method import Batch, Method, Needs, Sampler, Transition, Update
 from diffdistill.parts import gan, segments
 from diffdistill.parts.interval import noise_from
 from diffdistill.parts.ode import ddim_step
@@ -61,7 +61,7 @@ class Config(FeedbackConfig):
     target_decay: float = 0.95  # 0: the target is the student; LCM: 0.95
     mse: float = 1.0
     gan: tuple[float, ...] = ()  # weight in each stage; none: no critic; paper: much for 2 and 1
-    offset_noise: float = field(default=0.0, metadata=ADDED)  # std of one more number per channel
+    offset_noise: float = 0.0  # std of one more number per channel
 
     def validate(self) -> None:
         super().validate()

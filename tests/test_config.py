@@ -197,19 +197,6 @@ def test_the_fingerprint_ignores_what_does_not_decide_the_student():
         assert fingerprint(compose([*PROBE, change])[0]) != base
 
 
-def test_options_that_came_later_do_not_end_earlier_runs():
-    """At their defaults the fingerprint is that of a config without them."""
-    argv = ["method=dmd", "teacher=shapes-sd", "run.name=a"]
-    cfg, _ = compose(argv)
-    values = asdict(cfg)
-    for name in ("init", "rewards", "feedback"):
-        del values["method"][name]
-    text = json.dumps({name: values[name] for name in config.IDENTITY}, sort_keys=True)
-    assert fingerprint(cfg) == hashlib.sha256(text.encode()).hexdigest()[:16]
-    for more in ("method.init=a", "method.rewards={shapes_clip: 0.3}", "method.feedback=2"):
-        assert fingerprint(compose([*argv, more])[0]) != fingerprint(cfg)
-
-
 def test_a_resolved_config_reloads(tmp_path):
     argv = [*PROBE, "method.times=[7]", "optim.student.lr=2e-5", "ema.slow.kind=halflife"]
     cfg, _ = compose([*argv, "run.name=first"])

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffdistill.denoiser import Cond, Denoiser
-from diffdistill.method import ADDED, MethodConfig
+from diffdistill.method import MethodConfig
 from diffdistill.schedules import times
 
 Denoise = Callable[[Tensor, Tensor, Cond], Tensor]
@@ -161,8 +161,8 @@ class FeedbackConfig(MethodConfig):
     """
 
     # differentiable reward: the level beyond which it is silent
-    rewards: dict[str, float] = field(default_factory=dict, metadata=ADDED)
-    feedback: float = field(default=1.0, metadata=ADDED)  # weight of their loss
+    rewards: dict[str, float] = field(default_factory=dict)
+    feedback: float = 1.0  # weight of their loss
 
     def validate(self) -> None:
         for name in self.rewards:
