@@ -92,6 +92,41 @@ def test_dead_codes_start_again_at_features():
     assert torch.equal(codes.tokenizer.book, book)  # too late
 
 
+def sharpened(weight, steps=120):
+    """What a decoder makes of one code for pictures that are all dark or all bright."""
+    torch.manual_seed(0)
+    net = tiny_tokens().tokenizer
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    method = vq.Sharpener(vq.SharpenerConfig(gan=weight, r1=0.01), net)
+    decoder = torch.nn.ModuleList([net.post_quant_conv, net.decoder])
+    method.attach({"student": decoder, "discriminator": vq.patch_critic(1, 16)})
+    ours, theirs = (
+        torch.optim.Adam(role.parameters(), 2e-3, betas=(0.0, 0.99))
+        for role in (decoder, method.discriminator)
+    )
+    for step in range(steps):
+        rng = torch.Generator().manual_seed(step)
+        x = (2.0 * torch.randint(2, (16, 1, 1, 1), generator=rng) - 1).expand(16, 1, 8, 8)
+        data = Batch(16, (1, 8, 8), {}, x, extra={"tokens": torch.zeros(16, 4).long()})
+        for loss, optimizer in ((method.loss, ours), (method.critic_loss, theirs)):
+            losses = loss(data)
+            optimizer.zero_grad()
+            sum(v for k, v in losses.items() if not k.startswith("_")).backward()
+            optimizer.step()
+    moved = {k for k, v in net.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved and all(k.startswith(("decoder.", "post_quant_conv.")) for k in moved)
+    with torch.no_grad():
+        return net.decode(net.codebook[torch.zeros(1, 4).long()]).abs().mean().item()
+
+
+def test_a_sharpened_decoder_takes_sides_where_the_mean_is_grey():
+    assert sharpened(1.0) > 0.7
+
+
+def test_wrong_sharpening_without_or_against_the_critic_stays_grey():
+    assert sharpened(0.0) < 0.5 and sharpened(-1.0) < 0.5
+
+
 @torch.no_grad()
 def test_next_token_loss_is_the_likelihood_and_labels_are_dropped():
     model = tiny_tokens().model()
@@ -116,7 +151,7 @@ def test_the_recipes_make_teachers_and_resume(name, few_clothes, tmp_path):
     settings = OmegaConf.to_container(OmegaConf.load(config.folder("teach") / f"{name}.yaml"))
     settings["tokenizer"] |= {"widths": [16, 16, 16], "latent": 16, "codes": 12}
     settings["transformer"] |= {"width": 32, "layers": 1, "heads": 2}
-    for stage, steps in (("quantiser", 3), ("next_token", 2)):
+    for stage, steps in (("quantiser", 3), ("sharpener", 2), ("next_token", 2)):
         settings[stage] |= {"steps": steps, "batch_size": 8}
     make = getattr(worlds, name.replace("-", "_"))
     acc = Accelerator(cpu=True)
