@@ -57,6 +57,22 @@ def test_the_stored_results_rest_on_the_shipped_references_and_judges():
             assert r["feature_net"] == judge
 
 
+@pytest.mark.parametrize(
+    ("protocol", "teacher", "goals"),
+    [
+        ("shapes-v1", "shapes-sd", {"geneval": 0.90}),
+        ("fashion-v1", "fashion-edm", {"accuracy": 0.90}),
+    ],
+)
+def test_shipped_teachers_are_worth_distilling(protocol, teacher, goals):
+    rows = [row for row in teacher_rows(protocol) if row["pipeline"] == teacher]
+    full = max(rows, key=lambda row: row["steps"])
+    values = {r["metric"]: r["value"] for r in full["records"]}
+    assert all(values[metric] >= goal for metric, goal in goals.items())
+    if teacher == "fashion-edm":
+        assert values["fd"] <= 3 * reference(protocol).floor
+
+
 def test_wrong_rows_of_another_reference_share_no_table(monkeypatch):
     from diffdistill.eval import tables
 
