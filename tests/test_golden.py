@@ -29,6 +29,8 @@ MORE = {  # what a recipe needs besides, to be small
         "method.pairs=48", "method.solver_steps=2", "method.reflow_steps=6",
         "method.anneal_steps=4",
     ],
+    "kd_fashion": ["method.pairs=48", "method.solver_steps=2"],
+    "kd_shapes": ["method.pairs=48", "method.solver_steps=2"],
     "dd1_fashion": ["method.pairs=48", "method.starts=[0,2]"],
     "dd1_fashion_2step": ["method.pairs=48", "method.starts=[0,2]"],
     "dd2_fashion": ["method.pairs=48", "method.model_steps=4", "method.ttur=2"],
