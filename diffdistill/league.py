@@ -416,7 +416,8 @@ def merged(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, An
             "league": "", "method": standings.TEACHER, "entry": standings.TEACHER,
             "teacher": row["teacher"], "teacher_files": result["weights"], "seed": None,
             "asked": "", **_evaluation(result), "budget": None, "passes": 0, "images": 0,
-            "curve": [], "command": f"python -m diffdistill.eval.protocols {protocol}",
+            "curve": [],
+            "command": f"python -m diffdistill.eval.protocols --rows {row['teacher']}",
         }
         for result in teacher_rows(protocol)
         if result["pipeline"] == row["teacher"]

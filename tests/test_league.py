@@ -373,6 +373,7 @@ def test_merging_replaces_the_entrys_own_row_only(monkeypatch):
     ]  # fmt: skip
     assert after[0]["steps"] == 4 and after[0]["teacher"] == "shapes-sd"
     assert after[0]["teacher_files"] == {"unet": "w"}
+    assert after[0]["command"] == "python -m diffdistill.eval.protocols --rows shapes-sd"
     assert [r["entry"] for r in module.merged([], row("z", 1.0))] == ["teacher", "z"]
 
 

@@ -88,8 +88,8 @@ class Quantiser(Method):
 
 @dataclass
 class SharpenerConfig(MethodConfig):
-    gan: float = 0.1  # weight of the decoder's GAN loss
-    r1: float = 1.0  # weight of 0.5 |grad D|^2 at real images; arXiv 1801.04406
+    gan: float = 1.0  # weight of the decoder's GAN loss
+    r1: float = 0.02  # weight of 0.5 |grad D|^2 at real images; arXiv 1801.04406
 
 
 def patch_critic(channels: int, width: int = 64) -> nn.Sequential:
