@@ -228,6 +228,9 @@ def compose(argv: Sequence[str]) -> tuple[RunConfig, dict[str, str]]:
     if OmegaConf.is_missing(node.teacher, "name"):
         known = ", ".join(teacher_names())
         raise ValueError(f"no teacher is chosen. Give teacher=NAME. Available: {known}")
+    for key, value in leaves(recipe):  # what OmegaConf.merge leaves as it was
+        if value == "???" and provenance[key] == source:
+            raise ValueError(f"{source} has no value for {key}. Set {key}=VALUE")
     cfg = _to_object(node)
     _finish(cfg, picked, overrides, provenance)
     cfg.validate()

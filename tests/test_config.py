@@ -63,11 +63,16 @@ def message(argv: list[str]) -> str:
 
 @pytest.mark.parametrize("name", names("recipe"))
 def test_every_recipe_composes(name):
-    cfg, provenance = compose([f"recipe={name}"])
-    assert cfg.run.name == name
+    start = ["method.init=RUN/student"] if name == "hyper_sd_last_shapes" else []
+    cfg, provenance = compose([f"recipe={name}", *start])
+    assert cfg.run.name.split("-")[0] == name
     assert provenance["train.steps"] == f"recipe/{name}.yaml"
     assert provenance["teacher.name"] == f"teacher/{cfg.teacher.name}.yaml"
     assert set(provenance) == {key for key, _ in leaves(asdict(cfg))}
+
+
+def test_a_last_stage_asks_for_the_student_that_it_starts_from():
+    assert "Set method.init=VALUE" in message(["recipe=hyper_sd_last_shapes"])
 
 
 def test_the_quickstart_is_what_the_readme_says():

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from diffdistill import config, run
 from diffdistill.registry import get_method
-from diffdistill.teachers import embedded, load_teacher
+from diffdistill.teachers import embedded, load_teacher, resolve
 
 GOLDEN = Path(__file__).parent / "golden"
 STEPS = 10
@@ -39,6 +39,7 @@ MORE = {  # what a recipe needs besides, to be small
     "gndm_fashion": ["method.group=3"],
     "crd_shapes": ["method.group=3", "method.student_steps=2"],
     "crd_fashion": ["method.group=3", "method.student_steps=2"],
+    "hyper_sd_last_shapes": [f"method.init={resolve('shapes-sd')}"],
 }  # fmt: skip
 
 
