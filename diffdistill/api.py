@@ -10,7 +10,7 @@ from diffdistill.run import Result, execute
 
 
 def distill(teacher: Any, *, method: str, steps: int, out: str | Path, **overrides: Any) -> Result:
-    """Distil a teacher and return the finished run.
+    """Distil a teacher and return the finished run; that of a `Denoiser` has `module`.
 
     Args:
         teacher: what `load_teacher` gives or takes, or a `Denoiser` with a sample shape.
@@ -19,12 +19,14 @@ def distill(teacher: Any, *, method: str, steps: int, out: str | Path, **overrid
         overrides: configuration keys with "__" for ".": train__batch_size=32.
     """
     out = Path(out)
+    name = getattr(teacher, "name", teacher if isinstance(teacher, str | Path) else "given")
     argv = [
+        f"teacher.name={name}",
         f"method={method}",
         f"train.steps={steps}",
         f"run.root={out.parent}",
         f"run.name={out.name}",
         *(f"{key.replace('__', '.')}={value}" for key, value in overrides.items()),
     ]
-    cfg, provenance = compose([*argv, "teacher.name=given"])
+    cfg, provenance = compose(argv)
     return execute(cfg, provenance, teacher=teacher, argv=argv)

@@ -66,16 +66,20 @@ def model_card(info: Mapping[str, Any], *, stock: bool = True, lora: bool = Fals
         f"| | |\n|---|---|\n{table}",
         f"## Use\n\n```python\n{call}\n```",
         note,
-        "With diffdistill installed the defaults are set and other step counts are refused:\n\n"
-        "```python\nfrom diffdistill.pipelines.loading import load_student\n\n"
-        f'image = load_student("FOLDER")({prompt}).images[0]\n```',
     ]
+    if info["family"] != "module":
+        parts.append(
+            "With diffdistill installed the defaults are set and other step counts are refused:"
+            "\n\n```python\nfrom diffdistill.pipelines.loading import load_student\n\n"
+            f'image = load_student("FOLDER")({prompt}).images[0]\n```'
+        )
     if lora:
         parts.append(
             f"`{ADAPTER}` is the same student as an adapter for its teacher: "
             '`pipe.load_lora_weights("FOLDER")`, with the scheduler of this folder.'
         )
-    parts.append("## Metrics\n\n" + metrics_table(info.get("metrics") or []))
+    if info["family"] != "module":
+        parts.append("## Metrics\n\n" + metrics_table(info.get("metrics") or []))
     if info.get("command"):
         parts.append(f"## Made by\n\n```\n{info['command']}\n```")
     if info.get("citation"):
@@ -110,10 +114,10 @@ def metrics_table(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _header(info: Mapping[str, Any]) -> str:
-    text = info["family"] not in LABELLED
+    kinds = dict.fromkeys(LABELLED, "unconditional-image-generation") | {"module": None}
     fields = {
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-image" if text else "unconditional-image-generation",
+        "library_name": "diffdistill" if info["family"] == "module" else "diffusers",
+        "pipeline_tag": kinds.get(info["family"], "text-to-image"),
         "license": info.get("licence") or "other",
         "base_model": info.get("teacher"),
         "tags": ["diffdistill", "distillation", f"{info['steps']}-step", str(info.get("method"))],
@@ -142,6 +146,14 @@ def _training(train: Mapping[str, Any]) -> str:
 def _call(info: Mapping[str, Any], stock: bool) -> tuple[str, str]:
     """The python that samples the student, and what must be known about it."""
     steps = info["steps"]
+    if info["family"] == "module":
+        call = (
+            "from safetensors.torch import load_file\n\n"
+            "student = teacher.clone()  # the Denoiser that was distilled\n"
+            'student.net.load_state_dict(load_file("FOLDER/student.safetensors"))'
+        )
+        note = "`diffdistill.parts.rollout.sample` draws with it; `distill` returns it as `module`."
+        return call, note
     if info["family"] in LABELLED:
         module, name = LABELLED[info["family"]]
         call = (

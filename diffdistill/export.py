@@ -28,6 +28,7 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
+from transformers import CLIPTokenizer
 
 from diffdistill.card import write_card
 from diffdistill.method import Sampler, TokenSampler
@@ -143,13 +144,21 @@ def _store(
     """Pipeline, diffdistill.json and card: written beside their place, then renamed."""
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
-    pipe.save_pretrained(aside)
+    save_pipeline(pipe, aside)
     if adapter is not None:
         _save_adapter(adapter, pipe, aside)
     (aside / INFO).write_text(json.dumps(info, indent=1))
     write_card(aside, info)
     _replace(folder, aside)
     return folder
+
+
+def save_pipeline(pipe: DiffusionPipeline, folder: Path) -> None:
+    """`save_pretrained`, with the files that transformers 4 reads a CLIPTokenizer from."""
+    pipe.save_pretrained(folder)
+    for name, part in pipe.components.items():
+        if isinstance(part, CLIPTokenizer) and not (folder / name / "vocab.json").exists():
+            part.backend_tokenizer.model.save(str(folder / name))
 
 
 def few_step_scheduler(teacher: SchedulerMixin, sampler: Sampler) -> SchedulerMixin:

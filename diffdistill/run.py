@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import resource
+import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -18,10 +19,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffdistill import runtime
+from diffdistill.card import write_card
 from diffdistill.checkpoint import Checkpoints
 from diffdistill.config import RunConfig, compose, fingerprint, to_yaml
 from diffdistill.data import fashion, prepare, shapes
@@ -54,6 +56,7 @@ class Result:
     student: Path
     done: bool
     evaluation: dict[str, Any] | None = None
+    module: nn.Module | None = None  # the averaged student, if the teacher was a `Denoiser`
 
 
 def execute(
@@ -73,7 +76,10 @@ def execute(
                 "remove it."
             )
         print(f"{folder} is finished; remove it or set run.name to train again")
-        return Result(folder, folder / "student", True, _last_evaluation(folder))
+        module = (
+            _module(cfg, load_teacher(teacher), folder) if isinstance(teacher, Denoiser) else None
+        )
+        return Result(folder, folder / "student", True, _last_evaluation(folder), module)
     accelerator = launched()
     set_threads(cfg.threads, accelerator)
     main = accelerator.is_main_process
@@ -110,10 +116,13 @@ def execute(
 
                 print(f"report: {write_report([folder])}")
         accelerator.wait_for_everyone()
-        return Result(folder, folder / "student", True, evaluation)
+        module = _module(cfg, loaded, folder) if loaded.family == "module" else None
+        return Result(folder, folder / "student", True, evaluation, module)
     except Exception as error:
         if main:
-            note = f"{type(error).__name__}: {error}\nto reproduce: {' '.join(argv or sys.argv)}\n"
+            note = (
+                f"{type(error).__name__}: {error}\nto reproduce: {shlex.join(argv or sys.argv)}\n"
+            )
             (folder / "FAILED").write_text(note)
         raise
     finally:
@@ -335,6 +344,17 @@ def finish(
     return None
 
 
+def _module(cfg: RunConfig, teacher: Teacher, folder: Path) -> nn.Module:
+    """The student of a module teacher as it was saved; several experts: a ModuleList."""
+    method = get_method(cfg.method_name)(cfg.method, teacher.denoiser)
+    roles = make_roles(method, teacher.denoiser, cfg.student.lora_rank)
+    for name in method.students:
+        file = folder / "student" / f"{name}.safetensors"
+        roles[name].net.load_state_dict(load_file(file))
+    students = [roles[name].eval().requires_grad_(False) for name in method.students]
+    return students[0] if len(students) == 1 else nn.ModuleList(students)
+
+
 def export(cfg: RunConfig, engine: Engine, teacher: Teacher, folder: Path, argv: list[str]) -> Path:
     """Write the student folder with its averaged weights."""
     info = student_info(cfg, engine, teacher, argv)
@@ -347,6 +367,7 @@ def export(cfg: RunConfig, engine: Engine, teacher: Teacher, folder: Path, argv:
                 state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
                 save_file(state, student / f"{name}.safetensors")
             (student / "diffdistill.json").write_text(json.dumps(info, indent=1))
+            write_card(student, info)
             return student
         from diffdistill.export import export_student, export_token_student
 
@@ -365,7 +386,6 @@ def export(cfg: RunConfig, engine: Engine, teacher: Teacher, folder: Path, argv:
 def judge(student: Path, folder: Path, engine: Engine, n: int | None) -> dict[str, Any]:
     """Evaluate a student folder under its protocol and add the numbers to its card."""
     out = folder / "eval" / f"step_{engine.step:06d}.json"
-    from diffdistill.card import write_card
     from diffdistill.eval.evaluate import evaluate
     from diffdistill.pipelines.loading import load_pipeline
 
@@ -388,6 +408,7 @@ def student_info(
     sampler = engine.method.sampler()
     steps, how = sampling_info(sampler)
     own = {k: teacher.info.get(k) for k in ("world", "protocol", "licence")}
+    start = "diffdistill.distill: teacher" if teacher.family == "module" else "diffdistill train"
     return own | {
         "kind": "student",
         "name": f"{teacher.name}-{cfg.method_name}-{steps}step",
@@ -402,7 +423,7 @@ def student_info(
         "teacher_steps": teacher.info.get("steps"),
         "teacher_guidance": getattr(cfg.method, "guidance", None),
         "data": cfg.data.name or teacher.info.get("world"),
-        "command": " ".join(["diffdistill", "train", *[a for a in argv if "=" in a]]),
+        "command": f"{start} {shlex.join(a for a in argv if '=' in a)}",
         "train": {
             "steps": engine.step,
             "batch_size": cfg.train.batch_size,

@@ -18,6 +18,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from diffdistill.assets import path
 from diffdistill.card import model_card, write_card
 from diffdistill.denoiser import Denoiser
 from diffdistill.export import export_student, few_step_scheduler
@@ -197,6 +198,15 @@ def test_schedulers_without_fresh_noise_draw_the_same_images(teacher, tmp_path, 
     if eta:
         card = (folder / "README.md").read_text()
         assert f"eta={sampler.eta:g}" in card and f"| eta | {sampler.eta} |" in card
+
+
+def test_the_tokenizer_has_the_files_of_transformers_4(teacher, tmp_path):
+    folders = [export(teacher, tmp_path / "student", Sampler((599.0,))), path("teachers")]
+    for folder in (f.parent for root in folders for f in root.rglob("tokenizer.json")):
+        tokens = json.loads((folder / "tokenizer.json").read_text())["model"]
+        assert json.loads((folder / "vocab.json").read_text()) == tokens["vocab"]
+        merges = (folder / "merges.txt").read_text().splitlines()[1:]
+        assert [line.split(" ") for line in merges] == tokens["merges"] and merges
 
 
 def test_load_student_needs_no_arguments_and_refuses_other_steps(teacher, tmp_path):

@@ -107,3 +107,22 @@ def test_any_module_can_be_a_teacher(tmp_path):
 
     weights = load_file(result.student / "student.safetensors")
     assert (weights["mean"] - torch.tensor([1.0, -0.5])).abs().max() < 0.5
+    assert torch.equal(result.module.net.mean, weights["mean"])
+    assert not any(p.requires_grad for p in result.module.parameters())
+    card = (result.student / "README.md").read_text()
+    assert 'library_name: "diffdistill"' in card and "method=dmd train.steps=150" in card
+    again = dd.distill(
+        teacher, method="dmd", steps=150, out=tmp_path / "g", train__batch_size=128,
+        method__ttur=2, optim__default__lr=0.01, precision__dtype="fp32", threads=1,
+    )  # fmt: skip
+    assert torch.equal(again.module.net.mean, result.module.net.mean)
+
+
+def test_the_command_of_a_student_names_its_teacher(monkeypatch):
+    from diffdistill import api, config
+
+    seen = {}
+    monkeypatch.setattr(api, "execute", lambda cfg, provenance, **kw: seen.update(kw))
+    dd.distill("shapes-sd", method="kd", steps=3, out="runs/x")
+    cfg, _ = config.compose(seen["argv"])
+    assert (cfg.teacher.name, cfg.train.steps, cfg.run.name) == ("shapes-sd", 3, "x")

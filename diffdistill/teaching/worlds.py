@@ -21,6 +21,7 @@ from diffdistill.checkpoint import sha256
 from diffdistill.data import fashion, prepare, shapes
 from diffdistill.data.stream import Shuffled, TensorStream
 from diffdistill.denoiser import Denoiser, Runtime, guided
+from diffdistill.export import save_pipeline
 from diffdistill.method import Batch
 from diffdistill.parts import ode
 from diffdistill.schedules import DDPM
@@ -82,7 +83,7 @@ def shapes_sd(settings: Settings, folder: Path, accelerator: Accelerator, train:
         scheduler=scheduler, safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
-    pipe.save_pretrained(out)
+    save_pipeline(pipe, out)
     _card(
         out,
         {
@@ -129,7 +130,7 @@ def shapes_dit(settings: Settings, folder: Path, accelerator: Accelerator, train
     train("diffusion", method, denoiser, stream, settings["diffusion"], folder, accelerator, check)
     out = folder / "teachers" / "shapes-dit"
     transformer.half(), base.vae.half()
-    pipe.save_pretrained(out)
+    save_pipeline(pipe, out)
     _card(
         out,
         {
@@ -341,7 +342,7 @@ def fashion_edm(settings: Settings, folder: Path, accelerator: Accelerator, trai
         unet, HeunEDMScheduler(**settings["sampler"]), size=28, fold=fold, sigma_data=0.5,
         num_classes=10,
     )  # fmt: skip
-    pipe.save_pretrained(out)
+    save_pipeline(pipe, out)
     _card(
         out,
         {
@@ -448,7 +449,7 @@ def _token_teacher(
     out = folder / "teachers" / settings["recipe"]
     quality = f"{fidelity()}; {likelihood()}"
     tokenizer.half(), net.half()
-    pipe.save_pretrained(out)
+    save_pipeline(pipe, out)
     _card(
         out,
         {
