@@ -67,22 +67,13 @@ def _shapes_real(split: str) -> Tensor:
     return torch.cat([shapes.render(scenes[i : i + 1000]) for i in range(0, count, 1000)])
 
 
+AGAINST_REAL = ("fd", "kd", "precision", "recall", "density", "coverage")
+WITHIN_A_PROMPT = ("diversity", "vendi_prompt")
 PROTOCOLS = {
     "shapes-v1": Protocol(
         "shapes-v1",
         n=3000,
-        metrics=(
-            "fd",
-            "kd",
-            "precision",
-            "recall",
-            "density",
-            "coverage",
-            "clip",
-            "geneval",
-            "diversity",
-            "vendi_prompt",
-        ),
+        metrics=(*AGAINST_REAL, "clip", "geneval", *WITHIN_A_PROMPT),
         labels="captions of test scenes 0..n-1, six tasks in turn",
         net=ShapesClip,
         conditions=lambda n: [shapes.scene(i, "test").caption for i in range(n)],
@@ -92,17 +83,7 @@ PROTOCOLS = {
     "fashion-v1": Protocol(
         "fashion-v1",
         n=5000,
-        metrics=(
-            "fd",
-            "kd",
-            "precision",
-            "recall",
-            "density",
-            "coverage",
-            "accuracy",
-            "diversity",
-            "vendi_prompt",
-        ),
+        metrics=(*AGAINST_REAL, "accuracy", *WITHIN_A_PROMPT),
         labels="label i % 10",
         net=FashionClassifier.load,
         conditions=lambda n: [i % 10 for i in range(n)],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,12 @@ class Record:
 def key(record: Mapping[str, Any]) -> tuple[Any, ...]:
     """What must agree for two numbers to share a column."""
     return tuple(record.get(name) for name in KEY)
+
+
+def picked(records: Iterable[Mapping[str, Any]], metrics: Iterable[str]) -> list[Mapping[str, Any]]:
+    """The records of some metrics, in the order of these."""
+    records = list(records)
+    return [r for metric in metrics for r in records if r["metric"] == metric]
 
 
 def comparable(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers import ImagePipelineOutput
 from torch import Tensor
 
 from diffdistill.method import TokenSampler
 from diffdistill.parts.autoregressive import generate, generate_with_teacher, sample_tokens
+from diffdistill.pipelines.classes import ClassPipeline
 from diffdistill.pipelines.scheduler import untrained_steps
 from diffdistill.pipelines.token_nets import TokenNet
 from diffdistill.pipelines.vq import VQTokenizer
@@ -25,47 +25,17 @@ def token_model(net: TokenNet, tokenizer: VQTokenizer, choice: Choice | None = N
     )  # fmt: skip
 
 
-class _TokenPipeline(DiffusionPipeline):
-    """Labels, noise and pictures, for teacher and students alike."""
+class _TokenPipeline(ClassPipeline):
+    """Teacher and students alike."""
 
-    def _start(
-        self,
-        labels: int | Sequence[int],
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: Tensor | None,
-        output_type: str,
-    ) -> tuple[Tensor, Tensor]:
+    def _begin(self, labels, generator, latents, output_type) -> tuple[Tensor, Tensor]:
         """Labels int64 [N] and unit noise [N, n, C], after checks."""
-        if output_type not in ("pil", "pt", "np"):
-            raise ValueError(f"output_type is {output_type!r}. Allowed: pil, pt, np")
-        values = [labels] if isinstance(labels, int) else [int(v) for v in labels]
-        top = self.transformer.config.classes
-        if bad := sorted({v for v in values if not 0 <= v <= top}):
-            raise ValueError(
-                f"labels {bad} do not exist. Allowed: 0 to {top - 1} ({top}: no class)"
-            )
-        if isinstance(generator, list) and len(generator) != len(values):
-            raise ValueError(
-                f"{len(generator)} generators for {len(values)} labels. Give one each."
-            )
-        label = torch.tensor(values, device=self._execution_device)
         net = self.transformer.config
-        shape = (len(label), sum(self.tokenizer.groups), net.channels)
-        if latents is None:
-            eps = randn_tensor(shape, generator=generator, device=label.device, dtype=torch.float32)
-        elif latents.shape == shape:
-            eps = latents.to(label.device, torch.float32)
-        else:
-            raise ValueError(f"latents are {tuple(latents.shape)}. They must be {shape}.")
-        return label, eps
+        shape = (sum(self.tokenizer.groups), net.channels)
+        return self._start(labels, net.classes, shape, generator, latents, output_type)
 
-    def _finish(self, vectors: Tensor, output_type: str, return_dict: bool):
-        x = self.tokenizer.decode(vectors).float()
-        x = (x / 2 + 0.5).clamp(0, 1).cpu()
-        if output_type != "pt":
-            x = x.permute(0, 2, 3, 1).numpy()
-        images = self.numpy_to_pil(x) if output_type == "pil" else x
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+    def _pictures(self, vectors: Tensor, output_type: str, return_dict: bool):
+        return self._finish(self.tokenizer.decode(vectors).float(), output_type, return_dict)
 
 
 class AutoregressivePipeline(_TokenPipeline):
@@ -134,11 +104,11 @@ class AutoregressivePipeline(_TokenPipeline):
         """
         if num_inference_steps not in (None, self.steps):
             raise ValueError(untrained_steps(num_inference_steps, self.steps))
-        label, eps = self._start(labels, generator, latents, output_type)
+        label, eps = self._begin(labels, generator, latents, output_type)
         guidance = self.config.guidance if guidance_scale is None else float(guidance_scale)
         model = self.model()
         tokens = sample_tokens(model, eps, {"label": label}, guidance or 1.0)
-        return self._finish(model.vectors(tokens), output_type, return_dict)
+        return self._pictures(model.vectors(tokens), output_type, return_dict)
 
 
 class AutoregressiveFewStepPipeline(_TokenPipeline):
@@ -225,7 +195,7 @@ class AutoregressiveFewStepPipeline(_TokenPipeline):
                 f"guidance_scale is {guidance_scale}, but guidance is distilled into this student. "
                 "Leave it out; it acts on the teacher in teacher_groups only."
             )
-        label, eps = self._start(labels, generator, latents, output_type)
+        label, eps = self._begin(labels, generator, latents, output_type)
         cond, c = {"label": label}, self.config
         student = token_model(self.transformer, self.tokenizer)
         sampler = TokenSampler(tuple(c.starts), self._split(split), c.draw)
@@ -238,7 +208,7 @@ class AutoregressiveFewStepPipeline(_TokenPipeline):
                 float(guidance) or 1.0,
             )  # fmt: skip
         x = student.vectors(student.nearest(x)) if snap else x
-        return self._finish(x, output_type, return_dict)
+        return self._pictures(x, output_type, return_dict)
 
     def _split(self, given: int | None) -> int:
         count = len(self.tokenizer.groups)

@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers import ImagePipelineOutput, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from diffdistill.denoiser import Denoiser, guided
 from diffdistill.parts.guidance import within
 from diffdistill.parts.ode import Churn, heun
+from diffdistill.pipelines.classes import ClassPipeline
 from diffdistill.pipelines.scheduler import FewStepScheduler, HeunEDMScheduler
 from diffdistill.schedules import EDM
 from diffdistill.schedules import times as times_like
 from diffdistill.teachers.unet import edm_denoiser
 
 
-class EDMPipeline(DiffusionPipeline):
+class EDMPipeline(ClassPipeline):
     """A UNet2DModel with EDM preconditioning; the scheduler decides how it samples.
 
     Args:
@@ -72,20 +73,11 @@ class EDMPipeline(DiffusionPipeline):
             latents: unit-variance start noise [N, C, H, W], instead of a draw.
             output_type: "pil", "pt" ([N, C, H, W] in 0..1) or "np" ([N, H, W, C] in 0..1).
         """
-        if output_type not in ("pil", "pt", "np"):
-            raise ValueError(f"output_type is {output_type!r}. Allowed: pil, pt, np")
-        label = self._labels(labels)
-        if isinstance(generator, list) and len(generator) != len(label):
-            raise ValueError(f"{len(generator)} generators for {len(label)} labels. Give one each.")
-        self.scheduler.set_timesteps(num_inference_steps)
         net = self.denoiser()
-        shape = (len(label), *net.shape)
-        if latents is None:
-            eps = randn_tensor(shape, generator=generator, device=label.device, dtype=torch.float32)
-        elif latents.shape == shape:
-            eps = latents.to(label.device, torch.float32)
-        else:
-            raise ValueError(f"latents are {tuple(latents.shape)}. They must be {shape}.")
+        label, eps = self._start(
+            labels, self.config.num_classes, net.shape, generator, latents, output_type
+        )
+        self.scheduler.set_timesteps(num_inference_steps)
         scale = 1.0 if guidance_scale in (None, 0, 1) else float(guidance_scale)  # type: ignore[arg-type]
         denoise, cond = guided(net, scale), {"label": label}
         if isinstance(self.scheduler, HeunEDMScheduler):
@@ -95,8 +87,7 @@ class EDMPipeline(DiffusionPipeline):
             for t in self.progress_bar(self.scheduler.timesteps.tolist()):
                 x0 = denoise(x, times_like(t, x), cond)
                 x = self.scheduler.step(x0, t, x, generator=generator, return_dict=False)[0]
-        images = self._output(x, output_type)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return self._finish(x, output_type, return_dict)
 
     def passes(self, steps: int | None, guidance_scale: float | None) -> int:
         """Network passes per image of a teacher; guided calls are two. Nothing is evaluated."""
@@ -125,19 +116,3 @@ class EDMPipeline(DiffusionPipeline):
         churn = Churn(c.s_churn, c.s_tmin, c.s_tmax, c.s_noise, draw)
         denoise = within(plain, guided_denoise, c.guidance_tmin, c.guidance_tmax)
         return heun(denoise, schedule, eps, cond, len(self.scheduler.timesteps), churn=churn)
-
-    def _labels(self, labels: int | Sequence[int]) -> Tensor:
-        values = [labels] if isinstance(labels, int) else [int(v) for v in labels]
-        top = self.config.num_classes
-        if bad := sorted({v for v in values if not 0 <= v <= top}):
-            raise ValueError(
-                f"labels {bad} do not exist. Allowed: 0 to {top - 1} ({top}: no class)"
-            )
-        return torch.tensor(values, device=self._execution_device)
-
-    def _output(self, x: Tensor, output_type: str):
-        x = (x / 2 + 0.5).clamp(0, 1).cpu()
-        if output_type == "pt":
-            return x
-        array = x.permute(0, 2, 3, 1).numpy()
-        return array if output_type == "np" else self.numpy_to_pil(array)

@@ -16,9 +16,14 @@ from PIL import Image
 
 from diffdistill import assets
 from diffdistill.data import shapes
-from diffdistill.eval import figures, report
+from diffdistill.eval import figures, report, report_curves
 from diffdistill.eval.figures import Line, Panel, running_mean, short, thin
-from diffdistill.eval.report import comparison, key, number, read_run, world, write_report
+from diffdistill.eval.records import key
+from diffdistill.eval.report import write_report
+from diffdistill.eval.report_runs import read_run
+from diffdistill.eval.report_tables import comparison
+from diffdistill.eval.report_teachers import world
+from diffdistill.eval.report_words import esc, number
 from diffdistill.tracking import save_grid
 
 EVIL = '<script>document.title="owned"</script> & "a red circle"'
@@ -290,7 +295,7 @@ def test_wrong_runs_of_one_name_are_told_apart(tmp_path, teacher):
     assert [run["name"] for run in data] == ["one/q", "two/q"]
     assert "FD 12.35" in data[0]["verdict"] and "FD 30.00" in data[1]["verdict"]
     text = page.read_text()
-    assert text.count("<h1>") == 2 and all(report.esc(run["verdict"]) in text for run in data)
+    assert text.count("<h1>") == 2 and all(esc(run["verdict"]) in text for run in data)
     assert re.findall(r'<tr class="student"><th>([^<]*)</th><td>600', text) == ["one/q", "two/q"]
 
 
@@ -299,15 +304,15 @@ def test_an_unfinished_run_is_drawn_over_images_or_says_steps(tmp_path, teacher)
     (path / "student" / "diffdistill.json").unlink()
     run = read_run(path)
     fd = run.records[0]
-    assert [x for x, _ in report.metric_points(run, fd)] == [0, 500 * 128, 1000 * 128]
+    assert [x for x, _ in report_curves.metric_points(run, fd)] == [0, 500 * 128, 1000 * 128]
     panels = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "small", lambda panel: panels.append(panel) or "")
-        report.curves(run, {"shapes-v1": world("shapes-v1")})
+        report_curves.training_figures(run, {"shapes-v1": world("shapes-v1")})
         assert {panel.x for panel in panels} == {"images seen"}
         panels.clear()
         run.log = [{k: v for k, v in row.items() if k != "images"} for row in run.log]
-        report.curves(run, {"shapes-v1": world("shapes-v1")})
+        report_curves.training_figures(run, {"shapes-v1": world("shapes-v1")})
     assert {panel.x for panel in panels} == {"steps"}
     assert [x for x, _ in panels[0].lines[0].points] == [0, 500, 1000]
 
@@ -348,8 +353,8 @@ def sheets(monkeypatch):
 def drawn_for(runs):
     """What is said of the figures of a protocol."""
     read = [read_run(run) for run in runs]
-    steps = report.steps_figure("shapes-v1", world("shapes-v1"), read)
-    return steps + report.guidance_figure("shapes-v1", world("shapes-v1"), read)
+    steps = report_curves.steps_figure("shapes-v1", world("shapes-v1"), read)
+    return steps + report_curves.guidance_figure("shapes-v1", world("shapes-v1"), read)
 
 
 def test_steps_against_quality_has_teacher_and_students(tmp_path, teacher, sheets):

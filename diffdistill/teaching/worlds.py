@@ -43,8 +43,7 @@ def shapes_sd(settings: Settings, folder: Path, accelerator: Accelerator, train:
     """
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    scenes = [shapes.scene(i) for i in range(settings["scenes"])]
-    images = torch.cat([shapes.render(scenes[i : i + 2000]) for i in range(0, len(scenes), 2000)])
+    scenes, images = _scenes(settings)
     judge = _Judge(settings["clip"], scenes, images, folder)
     judge.train("clip", settings["contrastive"], accelerator, train)
     vae = _autoencoder(settings, images, folder, accelerator, train)
@@ -76,25 +75,18 @@ def shapes_sd(settings: Settings, folder: Path, accelerator: Accelerator, train:
     judge.train("alignment", settings["alignment"], accelerator, train)
     judge.save(settings)
 
-    out = folder / "teachers" / "shapes-sd"
     text = clip_text_model(judge.model, bos=tokenizer.bos_token_id, eos=tokenizer.eos_token_id)
     pipe = StableDiffusionPipeline(
         vae=vae.half(), text_encoder=text, tokenizer=tokenizer, unet=unet.half(),
         scheduler=scheduler, safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
-    save_pipeline(pipe, out)
-    _card(
-        out,
-        {
-            "kind": "teacher", "name": "shapes-sd", "world": "shapes", "protocol": "shapes-v1",
-            "family": "sd", "steps": 25, "guidance": settings["guidance"], "licence": "Apache-2.0",
-        },
-        settings,
+    return _teacher(
+        pipe, folder / "teachers" / "shapes-sd", settings,
         "A Stable Diffusion pipeline in miniature, for the procedural world `shapes`: text tower "
         "of the small CLIP, AutoencoderKL with 4x downsampling, UNet2DConditionModel, eps.",
+        world="shapes", family="sd", steps=25, licence="Apache-2.0",
     )  # fmt: skip
-    return out
 
 
 def shapes_dit(settings: Settings, folder: Path, accelerator: Accelerator, train: Train) -> Path:
@@ -117,8 +109,8 @@ def shapes_dit(settings: Settings, folder: Path, accelerator: Accelerator, train
     )  # fmt: skip
     teacher = load_teacher(pipe)
     transformer.requires_grad_(True)
-    denoiser, scenes = teacher.denoiser, [shapes.scene(i) for i in range(settings["scenes"])]
-    images = torch.cat([shapes.render(scenes[i : i + 2000]) for i in range(0, len(scenes), 2000)])
+    denoiser = teacher.denoiser
+    scenes, images = _scenes(settings)
     pick = _repeated(len(scenes), settings["task_weights"])
     cond = prepare.conditions([scenes[i].caption for i in pick.tolist()], teacher)
     stream = TensorStream(
@@ -128,23 +120,22 @@ def shapes_dit(settings: Settings, folder: Path, accelerator: Accelerator, train
     method = diffusion.Diffusion(diffusion.Config(times="lognormal", **settings["loss"]), denoiser)
     check = functools.partial(_right_pictures, teacher, settings)
     train("diffusion", method, denoiser, stream, settings["diffusion"], folder, accelerator, check)
-    out = folder / "teachers" / "shapes-dit"
     transformer.half(), base.vae.half()
-    save_pipeline(pipe, out)
-    _card(
-        out,
-        {
-            "kind": "teacher", "name": "shapes-dit", "world": "shapes", "protocol": "shapes-v1",
-            "family": "sd3", "steps": settings["steps"], "guidance": settings["guidance"],
-            "licence": "Apache-2.0",
-        },
-        settings,
+    return _teacher(
+        pipe, folder / "teachers" / "shapes-dit", settings,
         "A Stable Diffusion 3 pipeline in miniature, for the procedural world `shapes`: "
         "SD3Transformer2DModel, rectified flow, with the autoencoder and the text tower of "
         "`shapes-sd` in the first text slot. The encoders of the second and third slot answer "
         "with zeros; the third, a Funnel transformer, pools its 256 tokens to one.",
+        world="shapes", family="sd3", steps=settings["steps"], licence="Apache-2.0",
     )  # fmt: skip
-    return out
+
+
+def _scenes(settings: Settings) -> tuple[list[shapes.Scene], Tensor]:
+    """The scenes of the training set and their images, uint8 [N, 3, 32, 32]."""
+    scenes = [shapes.scene(i) for i in range(settings["scenes"])]
+    parts = [shapes.render(scenes[i : i + 2000]) for i in range(0, len(scenes), 2000)]
+    return scenes, torch.cat(parts)
 
 
 def _transformer(settings: Settings, width: int) -> nn.Module:
@@ -336,26 +327,18 @@ def fashion_edm(settings: Settings, folder: Path, accelerator: Accelerator, trai
     config = diffusion.Config(times="lognormal", **settings["noise"])
     method = diffusion.Diffusion(config, denoiser)
     train("diffusion", method, denoiser, stream, settings["diffusion"], folder, accelerator)
-    out = folder / "teachers" / "fashion-edm"
     unet.half()
     pipe = EDMPipeline(
         unet, HeunEDMScheduler(**settings["sampler"]), size=28, fold=fold, sigma_data=0.5,
         num_classes=10,
     )  # fmt: skip
-    save_pipeline(pipe, out)
-    _card(
-        out,
-        {
-            "kind": "teacher", "name": "fashion-edm", "world": "fashion", "family": "edm",
-            "protocol": "fashion-v1", "steps": 18, "guidance": settings["guidance"],
-            "licence": "MIT (data), Apache-2.0 (weights)",
-        },
-        settings,
+    return _teacher(
+        pipe, folder / "teachers" / "fashion-edm", settings,
         "A class-conditional UNet2DModel with EDM preconditioning on Fashion-MNIST, 28x28, "
         f"padded and folded space-to-depth by {fold}; 10 classes and a null class (10 % label "
         "dropout).",
+        world="fashion", family="edm", steps=18, licence="MIT (data), Apache-2.0 (weights)",
     )  # fmt: skip
-    return out
 
 
 def fashion_ar(settings: Settings, folder: Path, accelerator: Accelerator, train: Train) -> Path:
@@ -446,20 +429,13 @@ def _token_teacher(
     method = next_token.NextToken(next_token.Config())
     given = settings["next_token"]
     train("next_token", method, model, stream, given, folder, accelerator, likelihood)
-    out = folder / "teachers" / settings["recipe"]
     quality = f"{fidelity()}; {likelihood()}"
     tokenizer.half(), net.half()
-    save_pipeline(pipe, out)
-    _card(
-        out,
-        {
-            "kind": "teacher", "name": settings["recipe"], "world": "fashion", "family": "tokens",
-            "protocol": "fashion-v1", "steps": pipe.steps, "guidance": settings["guidance"],
-            "licence": "MIT (data), Apache-2.0 (weights)",
-        },
-        settings, f"{text} {quality}.",
+    return _teacher(
+        pipe, folder / "teachers" / settings["recipe"], settings, f"{text} {quality}.",
+        world="fashion", family="tokens", steps=pipe.steps,
+        licence="MIT (data), Apache-2.0 (weights)",
     )  # fmt: skip
-    return out
 
 
 def _classifier(
@@ -505,6 +481,20 @@ def _bf16_is_native() -> bool:
         if hasattr(torch.cpu, "_is_amx_tile_supported")
         else False
     )
+
+
+def _teacher(
+    pipe: Any, out: Path, settings: Settings, text: str, *, world: str, family: str, steps: int,
+    licence: str,
+) -> Path:  # fmt: skip
+    """Writes a teacher with its card; returns its folder."""
+    save_pipeline(pipe, out)
+    info = {
+        "kind": "teacher", "name": out.name, "world": world, "protocol": f"{world}-v1",
+        "family": family, "steps": steps, "guidance": settings["guidance"], "licence": licence,
+    }  # fmt: skip
+    _card(out, info, settings, text)
+    return out
 
 
 def _card(folder: Path, info: Settings, settings: Settings, text: str) -> None:
