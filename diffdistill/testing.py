@@ -118,12 +118,12 @@ class TinyConvNet(nn.Module):
         self.inp = nn.Conv2d(channels, width, 3, padding=1)
         self.mid = nn.Sequential(nn.SiLU(), nn.Conv2d(width, width, 3, padding=1), nn.SiLU())
         self.out = nn.Conv2d(width, channels, 3, padding=1)
-        self.time = nn.Linear(1, width)
+        self.time_embedding = nn.Linear(1, width)
         self.label = nn.Embedding(classes, width)
 
     def forward(self, z: Tensor, t: Tensor, label: Tensor) -> Tensor:
         t_in = (t.float().abs() + 1e-3).log().view(-1, 1)
-        shift = self.time(t_in) + self.label(label)
+        shift = self.time_embedding(t_in) + self.label(label)
         return self.out(self.mid(self.inp(z) + shift[:, :, None, None]))
 
 
