@@ -120,7 +120,8 @@ def shapes_dit(settings: Settings, folder: Path, accelerator: Accelerator, train
     method = diffusion.Diffusion(diffusion.Config(times="lognormal", **settings["loss"]), denoiser)
     check = functools.partial(_right_pictures, teacher, settings)
     train("diffusion", method, denoiser, stream, settings["diffusion"], folder, accelerator, check)
-    transformer.half(), base.vae.half()
+    for part in (transformer, base.vae, text, second, third):
+        part.half()
     return _teacher(
         pipe, folder / "teachers" / "shapes-dit", settings,
         "A Stable Diffusion 3 pipeline in miniature, for the procedural world `shapes`: "
