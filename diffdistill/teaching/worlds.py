@@ -42,8 +42,8 @@ def shapes_sd(settings: Settings, folder: Path, accelerator: Accelerator, train:
     """
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    scenes = [shapes.scene(i) for i in range(settings["scenes"])]
-    images = torch.cat([shapes.render(scenes[i : i + 2000]) for i in range(0, len(scenes), 2000)])
+    scenes = prepare.scenes(settings["scenes"])
+    images = prepare.render(scenes)
     judge = _Judge(settings["clip"], scenes, images, folder)
     judge.train("clip", settings["contrastive"], accelerator, train)
     vae = _autoencoder(settings, images, folder, accelerator, train)
@@ -116,8 +116,8 @@ def shapes_dit(settings: Settings, folder: Path, accelerator: Accelerator, train
     )  # fmt: skip
     teacher = load_teacher(pipe)
     transformer.requires_grad_(True)
-    denoiser, scenes = teacher.denoiser, [shapes.scene(i) for i in range(settings["scenes"])]
-    images = torch.cat([shapes.render(scenes[i : i + 2000]) for i in range(0, len(scenes), 2000)])
+    denoiser, scenes = teacher.denoiser, prepare.scenes(settings["scenes"])
+    images = prepare.render(scenes)
     pick = _repeated(len(scenes), settings["task_weights"])
     cond = prepare.conditions([scenes[i].caption for i in pick.tolist()], teacher)
     stream = TensorStream(
