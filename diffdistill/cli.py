@@ -290,10 +290,6 @@ def league(args: argparse.Namespace) -> int:
     from diffdistill.league import league as run
 
     out, runs = (Path(given) if given else None for given in (args.out, args.runs))
-    if not (args.rows or args.dry_run):
-        for option, folder in (("--out DIR", out), ("--runs DIR", runs)):
-            if folder is not None:
-                writable(folder, option)
     return run(
         args.config, only=args.only, rows=args.rows, dry_run=args.dry_run, out=out, runs=runs
     )
