@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from diffdistill.card import LABELLED
-from diffdistill.errors import guarded
+from diffdistill.errors import guarded, writable, writable_file
 from diffdistill.eval import metrics
 
 LISTS = ("methods", "teachers", "data", "recipes", "metrics")
@@ -133,6 +133,10 @@ def sample(args: argparse.Namespace) -> None:
     from diffdistill.pipelines.loading import load_pipeline
     from diffdistill.tracking import save_grid
 
+    if args.folder:
+        writable(args.folder, "--folder DIR")
+    elif not args.geneval:
+        writable_file(args.out, "--out PNG")
     generator = load_pipeline(args.pipeline, device=_device())
     if args.folder and args.teacher is not None:
         raise ValueError("--folder holds one pipeline's images. Give the teacher its own folder")
@@ -209,6 +213,10 @@ def evaluate(args: argparse.Namespace) -> None:
     accelerator = launched()
     if accelerator.num_processes > 1:
         set_threads(0, accelerator)
+    if args.out:
+        writable(args.out, "--out DIR")
+    if args.write_reference:
+        writable_file(args.write_reference, "--write-reference NPZ")
     place = Path(args.pipeline)
     known = any((place / file).is_file() for file in ("model_index.json", "config.yaml"))
     call = _evaluate_folder if place.is_dir() and not known else _evaluate_pipeline
@@ -273,6 +281,8 @@ def _evaluate_folder(
 def report(args: argparse.Namespace) -> None:
     from diffdistill.eval.report import write_report
 
+    if args.out:
+        writable(args.out, "--out DIR")
     print(write_report(args.runs, args.out))
 
 

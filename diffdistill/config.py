@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from diffdistill import assets
 from diffdistill.data.prepare import DataConfig
 from diffdistill.ema import EmaConfig
-from diffdistill.engine import OptimConfig, TrainConfig
+from diffdistill.engine import OptimConfig, TrainConfig, optim_of
 from diffdistill.method import MethodConfig
 from diffdistill.registry import get_method, method_names, unknown
 from diffdistill.runtime import PrecisionConfig
@@ -111,6 +111,14 @@ class RunConfig:
         for role in self.optim:
             for name, allowed in OPTIM_RULES.items():
                 _check(f"optim.{role}.{name}", values[f"optim.{role}.{name}"], allowed)
+        decays = {role: optim_of(role, self.optim).decay for role in self.optim}
+        for role, optim in self.optim.items():
+            seen = decays.values() if role == "default" else (decays[role],)
+            if optim.final is not None and set(seen) == {"constant"}:
+                raise ValueError(
+                    f"optim.{role}.final={optim.final} has no effect: the learning rate is "
+                    f"constant. Leave it out, or set optim.{role}.decay=linear or cosine"
+                )
         for key, ema in self.ema.items():
             _check(f"ema.{key}.value", ema.value, EMA_RULES[ema.kind])
 

@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 FULL, NO_ACCESS = (errno.ENOSPC, errno.EDQUOT), (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -28,6 +29,28 @@ def guarded(call: Callable[[], int | None]) -> int:
             return 1
         print(f"diffdistill: {line}", file=sys.stderr)
         return 2
+
+
+def writable(folder: str | Path, option: str) -> Path:
+    """Create the folder, or say why it cannot be written and which option names another."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink(missing_ok=True)  # another process may have been faster
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to {folder}: {error.strerror}. Choose another with {option}."
+        ) from error
+    return folder
+
+
+def writable_file(file: str | Path, option: str) -> Path:
+    """A file that can be written: its folder is created, see `writable`."""
+    if (file := Path(file)).is_dir():
+        raise ValueError(f"{file} is a folder. Name a file in it with {option}.")
+    writable(file.parent, option)
+    return file
 
 
 def _users_fault(error: Exception) -> str | None:

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from diffdistill import assets
 from diffdistill.config import RunConfig, compose, fingerprint, folder, names
+from diffdistill.errors import writable
 from diffdistill.eval import standings
 from diffdistill.eval.protocols import teacher_rows
 from diffdistill.registry import unknown
@@ -115,9 +116,12 @@ def league(
     out = out or (assets.path("league") if assets.path("results").is_dir() else Path("league"))
     if rows:
         return _print_rows(name, rules, out)
-    jobs = plan(name, config, rules, runs or Path("runs") / f"league-{name}")
+    runs = runs or Path("runs") / f"league-{name}"
+    jobs = plan(name, config, rules, runs)
     if dry_run:
         return _print_plan(jobs, rules)
+    writable(out, "--out DIR")
+    writable(runs, "--runs DIR")
     failed: dict[str, int] = {}
     for job in jobs:
         with locked(job.folder) as lock:

@@ -30,6 +30,7 @@ from diffdistill.data import fashion, prepare, shapes
 from diffdistill.data.images import to_uint8
 from diffdistill.denoiser import Denoiser, Runtime, guided
 from diffdistill.engine import Engine, Every
+from diffdistill.errors import writable
 from diffdistill.method import Batch, Method, Needs, Sampler, TokenSampler
 from diffdistill.parts import autoregressive, ode
 from diffdistill.parts.lora import lora_copy
@@ -67,7 +68,7 @@ def execute(
     argv: list[str] | None = None,
 ) -> Result:
     """Train (or continue), export, evaluate, report. `teacher` overrides cfg.teacher.name."""
-    folder = writable(Path(cfg.run.root) / (cfg.run.name or "run"))
+    folder = writable(Path(cfg.run.root) / (cfg.run.name or "run"), "run.root=DIR")
     if (folder / "DONE").is_file():
         earlier, _ = compose([f"recipe={folder / 'config.yaml'}"])
         if fingerprint(earlier) != fingerprint(cfg):
@@ -142,9 +143,9 @@ def build(
     """The engine of a run, before its first step."""
     device = accelerator.device
     teacher.denoiser.to(device)
-    for part in (getattr(teacher.pipe, name, None) for name in ("vae", "tokenizer")):
-        if isinstance(part, nn.Module):
-            part.to(device)
+    teacher.device = device
+    if teacher.family == "tokens":
+        teacher.pipe.tokenizer.to(device)
     torch.manual_seed(cfg.train.seed)  # random heads start alike on every process
     method = cls(cfg.method, teacher.denoiser)
     with accelerator.main_process_first():  # the others find the cache filled
@@ -511,19 +512,6 @@ def set_threads(threads: int, accelerator: Accelerator) -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-def writable(folder: Path) -> Path:
-    """Create the folder, or say why it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise ValueError(
-            f"cannot write to {folder}: {error.strerror}. Set run.root=DIR."
-        ) from error
-    return folder
 
 
 def _write_config(

@@ -17,6 +17,7 @@ import torch
 
 from diffdistill.denoiser import Denoiser, Runtime
 from diffdistill.method import Batch
+from diffdistill.progress import progress
 from diffdistill.tokens import TokenModel
 
 
@@ -57,17 +58,20 @@ def choose(
             f"{runtime.dtype} attention={runtime.attention} channels_last={runtime.channels_last}"
         )
         if label not in seconds:
+            bar.set_postfix_str(label)
             seconds[label] = _time(lambda: _pass(net, batch), batch.device)
+        bar.update()
         return seconds[label]
 
-    best, best_time = fixed, measure(fixed)
     if cfg.dtype == "auto" and cfg.attention == "auto":  # the two depend on each other
         trials.insert(0, {"dtype": "bf16", "attention": "math"})
-    for change in trials:
-        candidate = replace(best, **change)
-        took = measure(candidate)
-        if took < 0.95 * best_time:
-            best, best_time = candidate, took
+    with progress(None, "measure execution", unit="way", total=1 + len(trials)) as bar:
+        best, best_time = fixed, measure(fixed)
+        for change in trials:
+            candidate = replace(best, **change)
+            took = measure(candidate)
+            if took < 0.95 * best_time:
+                best, best_time = candidate, took
     return best, {k: round(v, 4) for k, v in seconds.items()}
 
 

@@ -21,10 +21,10 @@ from diffdistill.config import folder as config_folder
 from diffdistill.config import names
 from diffdistill.ema import EmaConfig
 from diffdistill.engine import Engine, Every, OptimConfig, Stream, TrainConfig
-from diffdistill.errors import guarded
+from diffdistill.errors import guarded, writable
 from diffdistill.method import Method
 from diffdistill.registry import unknown
-from diffdistill.run import launched, set_threads, writable
+from diffdistill.run import launched, set_threads
 from diffdistill.teaching import worlds
 from diffdistill.tracking import Tracker
 
@@ -86,7 +86,7 @@ def teach(arguments: dict[str, str]) -> None:
             raise ValueError(f"{key} is not in teach recipe {name}. It has: {', '.join(recipe)}")
         OmegaConf.update(recipe, key, OmegaConf.create(f"v: {value}").v)
     settings = OmegaConf.to_container(recipe)
-    folder = writable(Path(out or f"runs/teach-{name}"))
+    folder = writable(Path(out or f"runs/teach-{name}"), "out=DIR")
     accelerator = launched()
     set_threads(0, accelerator)
     (folder / "recipe.json").write_text(json.dumps(settings, indent=1))

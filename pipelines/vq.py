@@ -17,6 +17,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor, nn
 
+from diffdistill.progress import progress
 from diffdistill.tokens import nearest
 
 
@@ -107,7 +108,8 @@ class VQTokenizer(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def tokens(self, x: Tensor, batch: int = 256) -> Tensor:
         """Images [N, c, size, size] in [-1, 1] -> tokens, int64 [N, n], on the images' device."""
-        parts = (self.features(part.to(self.book)) for part in x.split(batch))
+        given = progress(x.split(batch), "encode images", unit="batch")
+        parts = (self.features(part.to(self.book)) for part in given)
         return torch.cat([self.quantise(f)[0] for f in parts]).to(x.device)
 
     def quantise(self, f: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,12 +81,14 @@ def run(teacher, images, tmp_path, monkeypatch, capsys):
 
     def call(*settings: str) -> tuple[int, str]:
         base = [
-            "method=bad_input_probe", f"teacher={teacher}", "data=folder", f"data.folder={images}",
-            f"run.root={tmp_path}/runs", "run.name=r", f"train.steps={STEPS}", "train.batch_size=4",
+            "method=bad_input_probe", f"teacher={teacher}", f"run.root={tmp_path}/runs",
+            "run.name=r", f"train.steps={STEPS}", "train.batch_size=4",
             "checkpoint.every=2", "checkpoint.keep=3", "log.every=1", "log.samples_every=0",
             "precision.dtype=fp32", "precision.attention=default", "precision.channels_last=off",
             "evaluate.at_end=false", "report=false", "threads=1",
         ]  # fmt: skip
+        if "data=prompts" not in settings:
+            base += ["data=folder", f"data.folder={images}"]
         code = train.main([*base, *settings])
         return code, capsys.readouterr().err
 
@@ -139,7 +142,7 @@ def test_corrupted_image_is_named(run, images, tmp_path, content):
     good = (images / "a" / "0.png").read_bytes()
     (folder / "good.png").write_bytes(good)
     (folder / "torn.png").write_bytes(good[: len(good) // 2] if content == "half" else content)
-    said = refused(run, f"data.folder={tmp_path}/bad")
+    said = refused(run, f"data.folder={tmp_path}/bad", "method.images=true")
     assert "torn.png" in said and "good.png" not in said
 
 
@@ -157,6 +160,20 @@ def test_a_file_where_the_folder_should_be(run, tmp_path):
 def test_teacher_that_is_not_there(run):
     assert "Did you mean 'shapes-sd'" in refused(run, "teacher=shapes-ds")
     assert "unknown teacher '/nowhere/at/all'" in refused(run, "teacher=/nowhere/at/all")
+
+
+def test_teacher_that_the_hub_does_not_give(run):
+    said = refused(run, "teacher=nobody/nothing")
+    for words in ("'nobody/nothing' is no folder here", "shapes-sd", "hf download ID"):
+        assert words in said
+
+
+def test_teacher_folder_with_a_torn_file(run, teacher, tmp_path):
+    folder = shutil.copytree(teacher, tmp_path / "torn")
+    file = next((folder / "unet").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:100])
+    said = refused(run, f"teacher={folder}")
+    assert file.name in said and "Give a complete diffusers folder" in said
 
 
 def test_teacher_folder_without_a_pipeline(run, tmp_path):

@@ -355,6 +355,31 @@ def test_sample_refuses(argv, words, fakes, capsys):
     assert words in refused(["sample", *argv], capsys)
 
 
+@pytest.mark.parametrize(
+    ("argv", "option"),
+    [
+        (["sample", "student", "--out", "/proc/x/y.png"], "--out PNG"),
+        (["sample", "student", "--out", "file/y.png"], "--out PNG"),
+        (["sample", "student", "--out", "."], "--out PNG"),
+        (["sample", "student", "--folder", "/proc/x"], "--folder DIR"),
+        (["evaluate", "student", "--out", "/proc/x"], "--out DIR"),
+        (["evaluate", "student", "--write-reference", "file/y.npz"], "--write-reference NPZ"),
+        (["report", "a", "--out", "/proc/x"], "--out DIR"),
+        (["league", "shapes-sd", "--out", "/proc/x"], "--out DIR"),
+        (["league", "shapes-sd", "--out", ".", "--runs", "file"], "--runs DIR"),
+        (["teach", "recipe=shapes-sd", "out=/proc/x"], "out=DIR"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_work(
+    argv, option, fakes, capsys, monkeypatch
+):
+    Path("file").write_text("")
+    monkeypatch.setattr("diffdistill.league.plan", lambda *_: [])
+    said = refused(argv, capsys)
+    assert option in said and ("/proc/x" in said or "file" in said)
+    assert fakes["student"].calls == []
+
+
 def test_evaluate(fakes, monkeypatch, capsys):
     import diffdistill.eval.evaluate as module
 

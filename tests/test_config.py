@@ -95,8 +95,15 @@ def test_every_teacher_file_names_its_teacher(name):
 def test_every_data_file_names_its_data(name, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     (tmp_path / "a.png").write_bytes(b"")
-    more = [f"data.prompts={tmp_path}/prompts.txt", f"data.folder={tmp_path}"]
+    needed = {
+        "prompts": f"data.prompts={tmp_path}/prompts.txt",
+        "folder": f"data.folder={tmp_path}",
+    }
+    more = [needed[name]] if name in needed else []
     assert compose([*PROBE, f"data={name}", *more])[0].data.name == name
+    for other in set(needed) - {name}:
+        said = message([*PROBE, f"data={name}", *more, needed[other]])
+        assert f"has no effect with data={name}" in said and f"or set data={other}" in said
 
 
 def test_shipped_files_start_with_a_sentence_and_hold_no_interpolation():
@@ -260,6 +267,12 @@ def test_the_yaml_of_a_run_is_plain(tmp_path):
             ["prompt file 'missing.txt'", "data.prompts"],
         ),
         (["data=folder", "data.folder=/nowhere"], ["image folder '/nowhere'", "data.folder"]),
+        (["data.prompts=/nope"], ["data.prompts=/nope has no effect", "data=shapes", "data.size"]),
+        (["optim.default.final=0.1"], ["optim.default.final=0.1 has no effect", "decay=linear"]),
+        (
+            ["optim.default.decay=cosine", "optim.a.decay=constant", "optim.a.final=0.1"],
+            ["optim.a.final=0.1 has no effect"],
+        ),
         (["run.name=../escape"], ["run.name is '../escape'", "run.root"]),
         (["run.name=.."], ["run.name is '..'"]),
     ],
@@ -267,6 +280,18 @@ def test_the_yaml_of_a_run_is_plain(tmp_path):
 def test_refused(argv, words):
     said = message([*PROBE, *argv])
     assert [word for word in words if word not in said] == [], said
+
+
+def test_settings_without_effect_are_refused_and_others_are_not(tmp_path):
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    start = ["method=config_probe", "teacher=shapes-sd"]
+    said = message([*start, f"data.prompts={tmp_path}/p.txt"])  # data=prompts was forgotten
+    assert "no effect with the teacher's own data" in said and "set data=prompts" in said
+    prompts = [*start, "data=prompts", f"data.prompts={tmp_path}/p.txt"]
+    assert "data.size=5 has no effect with data=prompts" in message([*prompts, "data.size=5"])
+    assert compose([*start, "data.size=5"])[0].data.size == 5
+    compose([*start, "optim.default.final=0.1", "optim.a.decay=linear"])
+    compose([*start, "optim.default.decay=linear", "optim.a.final=0.1"])
 
 
 def test_only_method_and_teacher_must_be_chosen():

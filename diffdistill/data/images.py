@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffdistill.progress import progress
+
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -23,7 +25,8 @@ def list_folder(folder: str | None) -> list[Path]:
 
 def read_all(files: list[Path], size: int, *, grey: bool = False) -> Tensor:
     """uint8 [N, 3 or 1, size, size]: centre crop, Lanczos. A damaged file is an error."""
-    return torch.stack([_read(file, size, "L" if grey else "RGB") for file in files])
+    mode = "L" if grey else "RGB"
+    return torch.stack([_read(f, size, mode) for f in progress(files, "read images")])
 
 
 def _read(file: Path, size: int, mode: str) -> Tensor:

@@ -1,7 +1,9 @@
 """From a data section and a teacher to a stream of micro-batches; encodings are cached on disk.
 
-Text encoders and autoencoders run once per (teacher, data) and their results are keyed by content,
-so a second run starts at once. The cache is DIFFDISTILL_CACHE or ~/.cache/diffdistill.
+Text encoders and autoencoders run once per (teacher, data), so a second run starts at once. Results
+are keyed by the teacher's weights and by the data: prompts and captions by their text, images of a
+folder by path, size and time of change (not by their bytes, which are slow to read). The cache is
+DIFFDISTILL_CACHE or ~/.cache/diffdistill; a damaged file in it is made again.
 """
 
 from __future__ import annotations
@@ -10,8 +12,8 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from diffdistill.data import fashion, images, shapes
 from diffdistill.data.stream import Lookup, TensorStream
@@ -30,6 +31,7 @@ from diffdistill.parts import ode
 from diffdistill.parts.autoregressive import sample_tokens
 from diffdistill.parts.categorical import flow_map
 from diffdistill.parts.guidance import within
+from diffdistill.progress import progress
 from diffdistill.schedules import EDM
 from diffdistill.teachers import Teacher
 from diffdistill.tokens import TokenModel
@@ -57,6 +59,16 @@ class DataConfig:
             read_prompts(self.prompts)
         if self.name == "folder":
             images.list_folder(self.folder)
+        used = {"prompts": ("prompts",), "folder": ("folder", "size")}.get(self.name, ("size",))
+        for field in fields(self):
+            key, value = field.name, getattr(self, field.name)
+            if key not in ("name", *used) and value != field.default:
+                where = f"data={self.name}" if self.name else "the teacher's own data"
+                other = f", or set data={key}" if key in ("prompts", "folder") else ""
+                raise ValueError(
+                    f"data.{key}={value} has no effect with {where}, which uses "
+                    f"{' and '.join(f'data.{name}' for name in used)} only. Leave it out{other}."
+                )
 
 
 @dataclass(frozen=True)
@@ -83,9 +95,8 @@ def source(cfg: DataConfig, teacher: Teacher) -> Source:
             f"{teacher.conditions}. Choose data that fits the teacher."
         )
     if name == "shapes":
-        scenes = shapes.Shapes("train", cfg.size)
-        listed = scenes.scenes(range(cfg.size))
-        return Source(f"shapes-{cfg.size}", [s.caption for s in listed], lambda: _render(listed))
+        listed = scenes(cfg.size)
+        return Source(f"shapes-{cfg.size}", [s.caption for s in listed], lambda: render(listed))
     if name == "fashion":
         pixels, labels = fashion.load("train")
         pixels, labels = pixels[: cfg.size], labels[: cfg.size]
@@ -98,9 +109,10 @@ def source(cfg: DataConfig, teacher: Teacher) -> Source:
         size = teacher.info.get("image_size") or _image_size(teacher)
         tokens = teacher.family == "tokens"
         channels = teacher.pipe.tokenizer.config.channels if tokens else teacher.denoiser.shape[0]
-        pixels = images.read_all(files, size, grey=channels == 1)
         read = images.captions if teacher.conditions == "prompts" else images.labels
-        return Source(f"folder-{_hash([str(f) for f in files])}", read(files), lambda: pixels)
+        key = _hash([[_stamp(file) for file in files], conditions := read(files)])
+        pixels = partial(images.read_all, files, size, grey=channels == 1)
+        return Source(f"folder-{key}", conditions, pixels)
     return Source(f"none-{cfg.size}", [None] * cfg.size, None)
 
 
@@ -121,10 +133,10 @@ def stream(
             "data.folder=DIR, or switch off what needs images (method.gan=0)."
         )
     folder = cache_dir() / f"{raw.key}-{_teacher_key(teacher)}"
-    lookups = conditions(raw.conditions, teacher)
+    lookups = conditions(raw.conditions, teacher, folder)
     x = None
     if needs.images:
-        x = _cached(folder / "x.safetensors", lambda: teacher.to_x(raw.images()))
+        x = _stored(folder / "x.safetensors", lambda: {"x": teacher.to_x(raw.images())})["x"]
     pairs = None
     if needs.pairs:
         pairs = teacher_pairs(
@@ -160,12 +172,12 @@ def teacher_pairs(
         noise = torch.randn(PAIRS_PER_SHARD, *teacher.denoiser.shape, generator=rng).to(device)
         at = (torch.arange(PAIRS_PER_SHARD) + shard * PAIRS_PER_SHARD) % n_conditions
         cond = {k: fn(at).to(device) for k, fn in lookups.items()}
-        return {"eps": noise.cpu(), "x": solve(noise, cond).cpu()}
+        return {"eps": noise, "x": solve(noise, cond)}
 
     shards = range(-(-count // PAIRS_PER_SHARD))
     stored = [
-        _shard(folder / name / f"{shard:05d}.safetensors", partial(make, shard))
-        for shard in tqdm(shards, desc="teacher pairs", disable=None)
+        _stored(folder / name / f"{shard:05d}.safetensors", partial(make, shard))
+        for shard in progress(shards, "teacher pairs", unit="shard")
     ]
     wrapped = {k: (lambda i, fn=fn: fn(i % n_conditions)) for k, fn in lookups.items()}
     eps, x = (torch.cat([s[part] for s in stored])[:count] for part in ("eps", "x"))
@@ -217,20 +229,36 @@ def cache_dir() -> Path:
     return Path(os.environ.get("DIFFDISTILL_CACHE", "~/.cache/diffdistill")).expanduser()
 
 
-def conditions(raw: Sequence[Any], teacher: Teacher) -> dict[str, Lookup]:
-    """Lookups of the encoded conditions by row; each distinct condition is encoded once."""
+def conditions(
+    raw: Sequence[Any], teacher: Teacher, folder: Path | None = None
+) -> dict[str, Lookup]:
+    """Lookups of the encoded conditions by row; each distinct condition is encoded once.
+
+    Args:
+        folder: of the cache, for these conditions and this teacher; text embeddings are kept there.
+            The embedding of the empty prompt tells apart tokenizers of one text encoder.
+    """
     distinct = sorted(set(raw), key=str)
     number = {c: i for i, c in enumerate(distinct)}
     index = torch.tensor([number[c] for c in raw])
-    table = teacher.encode(distinct)
-    return {k: (lambda i, v=v: v[index[i]]) for k, v in table.items()}
+    table = partial(teacher.encode, distinct)
+    if folder is not None and teacher.conditions == "prompts":
+        null = _digest(teacher.denoiser.null.items(), digits=4)  # its last bits differ by threads
+        encoded = _stored(folder / f"text-{null}.safetensors", table)
+    else:
+        encoded = table()
+    return {k: (lambda i, v=v: v[index[i]]) for k, v in encoded.items()}
 
 
-def _render(scenes: list[shapes.Scene]) -> Tensor:
-    parts = range(0, len(scenes), 2000)
-    return torch.cat(
-        [shapes.render(scenes[i : i + 2000]) for i in tqdm(parts, "render", disable=None)]
-    )
+def scenes(size: int) -> list[shapes.Scene]:
+    """The first scenes of the training split of the world `shapes`."""
+    return shapes.Shapes("train", size).scenes(progress(range(size), "compose scenes"))
+
+
+def render(listed: list[shapes.Scene]) -> Tensor:
+    """Pictures of scenes, uint8 [N, 3, 32, 32]."""
+    parts = progress(range(0, len(listed), 500), "render scenes", unit="batch")
+    return torch.cat([shapes.render(listed[i : i + 500]) for i in parts])
 
 
 def _image_size(teacher: Teacher) -> int:
@@ -242,38 +270,43 @@ def _image_size(teacher: Teacher) -> int:
 
 def _teacher_key(teacher: Teacher) -> str:
     """Hash of the teacher's encoders and network: what cached encodings depend on."""
-    digest = hashlib.sha256()
     parts = getattr(teacher.pipe, "components", {"net": teacher.denoiser.net})
-    for name, part in sorted(parts.items()):
-        if isinstance(part, torch.nn.Module):
-            for p in part.state_dict().values():
-                digest.update(f"{name}{tuple(p.shape)}{p.double().sum().item():.9e}".encode())
+    modules = [(k, part) for k, part in sorted(parts.items()) if isinstance(part, torch.nn.Module)]
+    return _digest(
+        (name, p)
+        for name, part in progress(modules, "hash weights", unit="part")
+        for p in part.state_dict().values()
+    )
+
+
+def _digest(tensors: Iterable[tuple[str, Tensor]], digits: int = 9) -> str:
+    """Hash of names, shapes and sums."""
+    digest = hashlib.sha256()
+    for name, p in tensors:
+        digest.update(f"{name}{tuple(p.shape)}{p.double().sum().item():.{digits}e}".encode())
     return digest.hexdigest()[:12]
+
+
+def _stamp(file: Path) -> tuple[str, int, int]:
+    """What changes when another image takes this one's place."""
+    stat = file.stat()
+    return str(file.absolute()), stat.st_size, stat.st_mtime_ns
 
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
 
 
-def _shard(file: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of a file, made if it is missing or damaged."""
+def _stored(file: Path, make: Callable[[], Cond]) -> dict[str, Tensor]:
+    """The tensors of a file, made if it is missing or damaged; on the CPU."""
     if file.is_file():
         try:
             return load_file(file)
         except SafetensorError as error:
             warnings.warn(f"{file} is damaged ({error}) and is made again", stacklevel=2)
-    _save(file, made := make())
-    return made
-
-
-def _cached(file: Path, make: Callable[[], Tensor]) -> Tensor:
-    if not file.is_file():
-        _save(file, {"x": make().contiguous()})
-    return load_file(file)["x"]
-
-
-def _save(file: Path, tensors: dict[str, Tensor]) -> None:
+    made = {k: v.cpu().contiguous() for k, v in make().items()}
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_suffix(f".{os.getpid()}.partial")
-    save_file(tensors, aside)
+    save_file(made, aside)
     aside.rename(file)
+    return made

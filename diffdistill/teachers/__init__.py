@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffdistill.data.images import to_uint8
 from diffdistill.denoiser import Cond, Denoiser
@@ -44,6 +45,8 @@ class Teacher:
         to_x: uint8 images [N, C, H, W] -> what the denoiser calls x0; tokens: their vectors.
         to_images: x0 -> uint8 images.
         info: contents of diffdistill.json: name, world, protocol, steps, guidance, ...
+        device: where text encoders and autoencoder work; they rest where the pipeline had them.
+            None: they work there, too.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Teacher:
     to_images: Callable[[Tensor], Tensor]
     pipe: Any = None
     info: dict[str, Any] = field(default_factory=dict)
+    device: torch.device | None = None
 
     @property
     def conditions(self) -> str:
@@ -75,7 +79,10 @@ def load_teacher(source: Any) -> Teacher:
         folder = resolve(str(source))
         if (Path(folder) / INFO).is_file():
             info = json.loads((Path(folder) / INFO).read_text())
-        pipe = _load_pipe(folder)
+        try:
+            pipe = _load_pipe(folder)
+        except OSError as error:
+            raise ValueError(_unloadable(folder, error)) from error
     else:
         pipe = source
     info = {"name": str(source) if isinstance(source, str | Path) else type(pipe).__name__} | info
@@ -110,6 +117,17 @@ def embedded() -> list[str]:
     from diffdistill import assets
 
     return assets.names("teachers")
+
+
+def _unloadable(name: str, error: OSError) -> str:
+    reason = " ".join(str(error).split())
+    if Path(name).is_dir():
+        return f"teacher {name!r} cannot be loaded: {reason} Give a complete diffusers folder."
+    return (
+        f"teacher {name!r} is no folder here and could not be had from the Hugging Face hub: "
+        f"{reason} Give an embedded name ({', '.join(embedded())}), the folder of a diffusers "
+        f"pipeline, or an id that the hub knows; offline, after: hf download ID"
+    )
 
 
 def _load_pipe(folder: str) -> Any:
@@ -196,12 +214,38 @@ def _prompted(
     """A teacher of prompts, in the latents of an autoencoder."""
     from diffdistill.teachers import sd
 
+    texts = [
+        m for k, m in pipe.components.items() if k.startswith("text_encoder") and m is not None
+    ]
     denoiser.decode = lambda x: sd.decode(pipe.vae, x)
-    return Teacher(
-        info["name"], family, denoiser, encode=lambda prompts: encode(list(prompts)),
-        to_x=lambda images: sd.encode_images(pipe, images),
-        to_images=lambda x: sd.decode_latents(pipe, x), pipe=pipe, info=info,
+
+    def using(modules: Sequence[nn.Module], call: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def borrowing(given: Any) -> Any:
+            with borrowed(modules, teacher.device):
+                return call(given)
+
+        return borrowing
+
+    teacher = Teacher(
+        info["name"], family, denoiser,
+        encode=using(texts, lambda prompts: encode(list(prompts))),
+        to_x=using([pipe.vae], partial(sd.encode_images, pipe)),
+        to_images=using([pipe.vae], partial(sd.decode_latents, pipe)), pipe=pipe, info=info,
     )  # fmt: skip
+    return teacher
+
+
+@contextlib.contextmanager
+def borrowed(modules: Sequence[nn.Module], device: torch.device | None) -> Iterator[None]:
+    """Inside, the modules are on this device (None: where they are); then back where they were."""
+    homes = [] if device is None else [(module, module.device) for module in modules]
+    try:
+        for module, _ in homes:
+            module.to(device)
+        yield
+    finally:
+        for module, home in homes:
+            module.to(home)
 
 
 def _module(denoiser: Denoiser) -> Teacher:

@@ -9,6 +9,7 @@ from diffusers import SanaPipeline, SanaTransformer2DModel
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Denoiser
+from diffdistill.progress import progress
 from diffdistill.schedules import RectifiedFlow
 from diffdistill.teachers.sd3 import tokens_as_map
 
@@ -64,7 +65,7 @@ def encode_prompts(
     """
     default = inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default
     parts = []
-    for start in range(0, len(prompts), batch):
+    for start in progress(range(0, len(prompts), batch), "encode prompts", unit="batch"):
         text, mask, *_ = pipe.encode_prompt(
             prompts[start : start + batch], do_classifier_free_guidance=False,
             device=pipe.text_encoder.device,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from diffdistill.data.images import to_uint8
 from diffdistill.denoiser import Denoiser
+from diffdistill.progress import progress
 from diffdistill.schedules import DDPM
 
 
@@ -53,7 +54,8 @@ def encode_prompts(pipe: StableDiffusionPipeline, prompts: list[str], batch: int
         max_length=pipe.tokenizer.model_max_length,
     ).input_ids  # fmt: skip
     device = pipe.text_encoder.device
-    parts = [pipe.text_encoder(part.to(device))[0] for part in ids.split(batch)]
+    given = progress(ids.split(batch), "encode prompts", unit="batch")
+    parts = [pipe.text_encoder(part.to(device))[0] for part in given]
     return torch.cat(parts).float()
 
 
@@ -61,7 +63,8 @@ def encode_prompts(pipe: StableDiffusionPipeline, prompts: list[str], batch: int
 def encode_images(pipe: StableDiffusionPipeline, images: Tensor, batch: int = 256) -> Tensor:
     """Posterior means of uint8 [N, 3, H, W], scaled as the UNet expects: float32 latents."""
     vae = pipe.vae
-    encoded = (vae.encode(p.to(vae.device).float() / 127.5 - 1) for p in images.split(batch))
+    given = progress(images.split(batch), "encode images", unit="batch")
+    encoded = (vae.encode(p.to(vae.device).float() / 127.5 - 1) for p in given)
     deterministic = isinstance(vae, AutoencoderDC)
     parts = [e.latent if deterministic else e.latent_dist.mean for e in encoded]
     return (torch.cat(parts) - shift_of(vae)) * vae.config.scaling_factor
@@ -76,7 +79,12 @@ def decode_latents(pipe: StableDiffusionPipeline, latents: Tensor, batch: int = 
 
 
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Latents, scaled as the network knows them, -> images in [-1, 1]; differentiable."""
+    """Latents, scaled as the network knows them, -> images in [-1, 1]; differentiable.
+
+    The autoencoder comes to the latents: methods that decode while they train keep it there.
+    """
+    if vae.device != latents.device:
+        vae.to(latents.device)
     return vae.decode(latents / vae.config.scaling_factor + shift_of(vae)).sample
 
 

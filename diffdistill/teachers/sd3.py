@@ -7,6 +7,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Denoiser
+from diffdistill.progress import progress
 from diffdistill.schedules import RectifiedFlow
 
 
@@ -65,7 +66,7 @@ def encode_prompts(
 ) -> dict[str, Tensor]:
     """text [N, L, d] and pooled [N, p], float32, as the pipeline computes them by default."""
     parts = []
-    for start in range(0, len(prompts), batch):
+    for start in progress(range(0, len(prompts), batch), "encode prompts", unit="batch"):
         part = prompts[start : start + batch]
         text, _, pooled, _ = pipe.encode_prompt(
             part, None, None, device=pipe.text_encoder.device, do_classifier_free_guidance=False

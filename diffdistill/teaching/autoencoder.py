@@ -9,6 +9,7 @@ from torch import nn
 
 from diffdistill.denoiser import Runtime
 from diffdistill.method import Batch, Method, MethodConfig, Update
+from diffdistill.progress import progress
 
 
 @dataclass
@@ -67,6 +68,6 @@ def encode(vae: nn.Module, images: torch.Tensor, batch: int = 256) -> torch.Tens
     """Posterior means of uint8 [N, C, H, W] images, times the scaling factor: float32."""
     parts = [
         vae.encode(part.float() / 127.5 - 1).latent_dist.mean * vae.config.scaling_factor
-        for part in images.split(batch)
+        for part in progress(images.split(batch), "encode images", unit="batch")
     ]
     return torch.cat(parts)

@@ -134,9 +134,8 @@ def shapes_dit(settings: Settings, folder: Path, accelerator: Accelerator, train
 
 def _scenes(settings: Settings) -> tuple[list[shapes.Scene], Tensor]:
     """The scenes of the training set and their images, uint8 [N, 3, 32, 32]."""
-    scenes = [shapes.scene(i) for i in range(settings["scenes"])]
-    parts = [shapes.render(scenes[i : i + 2000]) for i in range(0, len(scenes), 2000)]
-    return scenes, torch.cat(parts)
+    scenes = prepare.scenes(settings["scenes"])
+    return scenes, prepare.render(scenes)
 
 
 def _transformer(settings: Settings, width: int) -> nn.Module:
