@@ -3,7 +3,8 @@
 An entry is an ordinary run of `diffdistill train`, in its own process and run folder: it resumes,
 and `diffdistill report` reads it. How many steps it gets follows from the budget and from what its
 steps and teacher pairs cost (`diffdistill.passes`). A finished run becomes a row in
-OUT/<teacher>.json; the run folders say what is finished, so the same command continues.
+OUT/<teacher>.json; the run folders say what is finished, so the same command continues. In a
+checkout the README's tables follow (`diffdistill.eval.tables`).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 from diffdistill import assets
 from diffdistill.config import RunConfig, compose, fingerprint, folder, names
-from diffdistill.eval import standings
+from diffdistill.eval import standings, tables
 from diffdistill.eval.protocols import teacher_rows
 from diffdistill.registry import unknown
 
@@ -134,6 +135,9 @@ def league(
     _print_rows(name, rules, out)
     for which in failed:
         print(f"failed: {which}; the same command tries again", file=sys.stderr)
+    if assets.path("results").is_dir() and out.resolve() == assets.path("league").resolve():
+        tables.main()
+        print("the tables of README.md are made again from these rows")
     return 0 if not failed else 2 if set(failed.values()) == {2} else 1
 
 
