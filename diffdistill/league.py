@@ -3,8 +3,7 @@
 An entry is an ordinary run of `diffdistill train`, in its own process and run folder: it resumes,
 and `diffdistill report` reads it. How many steps it gets follows from the budget and from what its
 steps and teacher pairs cost (`diffdistill.passes`). A finished run becomes a row in
-OUT/<teacher>.json; the run folders say what is finished, so the same command continues. In a
-checkout the README's tables follow (`diffdistill.eval.tables`).
+OUT/<teacher>.json; the run folders say what is finished, so the same command continues.
 """
 
 from __future__ import annotations
@@ -101,6 +100,8 @@ def league(
     runs: Path | None = None,
 ) -> int:
     """Run what is not finished. Returns 0, or the exit code of entries that failed.
+
+    In a checkout the README's tables are made again at the end (`diffdistill.eval.tables`).
 
     Args:
         config: name in configs/league, or the path of a yaml file.
