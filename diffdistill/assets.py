@@ -19,6 +19,18 @@ def path(*parts: str) -> Path:
     return root().joinpath(*parts)
 
 
+def teacher(source: str | Path) -> Path | None:
+    """Folder of a teacher: the embedded one of that name, else an existing folder, else None.
+
+    A name means the embedded teacher, whatever lies in the current directory. A folder of that name
+    is given as ./NAME, or as a Path.
+    """
+    if isinstance(source, str) and source in names("teachers"):
+        return path("teachers", source)
+    folder = Path(source).expanduser()
+    return folder if folder.is_dir() else None
+
+
 def names(kind: str) -> list[str]:
     """Names of the folders of one kind: `names("teachers")`."""
     folder = path(kind)

@@ -53,6 +53,7 @@ def model_card(info: Mapping[str, Any], *, stock: bool = True, lora: bool = Fals
         **_sampling(info),
         "guidance": f"{info['guidance']:g} (off: the student needs none)",
         "training": _training(info.get("train") or {}),
+        "skipped updates": _skipped(info.get("train") or {}),
         "licence": info.get("licence"),
     }
     table = "\n".join(f"| {k} | {_cell(v)} |" for k, v in rows.items() if v not in (None, ""))
@@ -141,6 +142,12 @@ def _training(train: Mapping[str, Any]) -> str:
         ("network_passes", "{:,} network passes"), ("seconds", "{:,.0f} s"),
     )  # fmt: skip
     return ", ".join(form.format(train[k]) for k, form in units if train.get(k) is not None)
+
+
+def _skipped(train: Mapping[str, Any]) -> str:
+    """Updates whose gradients were not finite, by role."""
+    roles = ", ".join(f"{count:,} of {name}" for name, count in train.get("skipped", {}).items())
+    return f"{roles}: their gradients were not finite" if roles else ""
 
 
 def _call(info: Mapping[str, Any], stock: bool) -> tuple[str, str]:

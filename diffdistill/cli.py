@@ -6,12 +6,14 @@ Exit codes: 0; 2 for the user's mistake (one line on stderr); 1 for ours (with t
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from diffdistill import assets
 from diffdistill.card import LABELLED
 from diffdistill.errors import guarded, writable, writable_file
 from diffdistill.eval import metrics
@@ -54,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     arg("--json", action="store_true", help="for programs")
 
     arg = add("sample", sample, "a grid of samples", "runs/quickstart/student --teacher")
-    arg("pipeline", help="student or teacher: a folder, or an embedded name")
+    arg("pipeline", help="student or teacher: an embedded name, or a folder (./NAME)")
     arg("--prompt", action="append", default=[], help="may be repeated")
     arg("--prompts", metavar="FILE", help="one prompt per line")
     arg("--labels", help="class labels: 0,1,2")
@@ -68,11 +70,13 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "the numbers of one pipeline, or of a folder of images"
     arg = add("evaluate", evaluate, text, "shapes-sd --num 1000")
-    arg("pipeline", help="student or teacher: a folder, or an embedded name; or a folder of PNGs")
+    text = "student or teacher: an embedded name, or a folder (./NAME); or a folder of PNGs"
+    arg("pipeline", help=text)
     arg("--metrics", help="default: those of the protocol; some of diffdistill list metrics")
     arg("--num", type=int, help="samples; default: as the protocol says")
     arg("--protocol", help="shapes-v1, edm-cifar10, custom-folder, ...; default: the pipeline's")
-    arg("--out", metavar="DIR", help="write NAME.json and samples there; resumable")
+    text = "NAME.json and samples go there; resumable; default: NAME-HASH.json in evaluations/"
+    arg("--out", metavar="DIR", help=text)
     arg("--reference", metavar="NPZ", help="of a folder: statistics of the real images")
     arg("--write-reference", metavar="NPZ", help="of a folder: store its statistics instead")
     arg("--network", metavar="NAME", help="of a folder, for custom-folder: the feature network")
@@ -103,7 +107,7 @@ train, teach, doctor = _forward("train"), _forward("teach"), _forward("doctor")
 
 
 def list_(args: argparse.Namespace) -> None:
-    from diffdistill.doctor import inventory
+    from diffdistill.inventory import inventory
 
     rows = inventory(args.kind)
     if args.json:
@@ -213,16 +217,34 @@ def evaluate(args: argparse.Namespace) -> None:
     accelerator = launched()
     if accelerator.num_processes > 1:
         set_threads(0, accelerator)
-    if args.out:
-        writable(args.out, "--out DIR")
+    if args.out or not args.write_reference:
+        writable(args.out or "evaluations", "--out DIR")
     if args.write_reference:
         writable_file(args.write_reference, "--write-reference NPZ")
-    place = Path(args.pipeline)
-    known = any((place / file).is_file() for file in ("model_index.json", "config.yaml"))
-    call = _evaluate_folder if place.is_dir() and not known else _evaluate_pipeline
+    place = assets.teacher(args.pipeline)
+    known = place and any((place / f).is_file() for f in ("model_index.json", "config.yaml"))
+    call = _evaluate_folder if place and not known else _evaluate_pipeline
     result, out = call(args, names, Path(args.out) if args.out else None, accelerator)
-    if accelerator.is_main_process:
-        print(json.dumps(result, indent=2) if out is None else out)
+    if not accelerator.is_main_process:
+        return
+    if "records" in result:
+        from diffdistill.eval.records import on_screen
+
+        print(on_screen(result["records"]))
+    for metric, why in result.get("left_out", {}).items():
+        print(f"  {metric} is left out: {why}")
+    print(out or _kept(result))
+
+
+def _kept(result: dict[str, Any]) -> Path:
+    """The file of a result for which no place was given; no other numbers are overwritten."""
+    from diffdistill.eval.evaluate import write
+
+    name = result.get("pipeline") or Path(result["folder"]).resolve().name
+    numbers = json.dumps(result["records"], sort_keys=True).encode()
+    file = Path("evaluations") / f"{name}-{hashlib.sha256(numbers).hexdigest()[:8]}.json"
+    write(file, result)
+    return file
 
 
 def _evaluate_pipeline(
@@ -270,7 +292,7 @@ def _evaluate_folder(
     if args.write_reference:
         refuse("reference", "metrics", "num", "out")
         file = folder.write_reference(args.pipeline, args.write_reference, args.protocol, **shared)
-        return {"reference": str(file)}, None
+        return {}, file
     result = folder.evaluate_folder(
         args.pipeline, args.protocol, reference=args.reference, metrics=names, n=args.num, out=out,
         **shared,

@@ -1,4 +1,4 @@
-"""What there is (`diffdistill list`), and what is missing here (`diffdistill doctor`)."""
+"""What is here, and what is missing for which command: `diffdistill doctor`."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import json
 import os
 import platform
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffdistill import assets
+
+if TYPE_CHECKING:
+    from diffdistill.config import RunConfig
 
 PACKAGES = (
     "diffdistill", "torch", "diffusers", "transformers", "accelerate", "peft", "omegaconf",
@@ -23,105 +25,12 @@ PACKAGES = (
 JUDGES = {"shapes-v1": "shapes-clip", "fashion-v1": "fashion-classifier"}
 FREE = 2.0  # GiB that a run of the embedded recipes may need
 
-Row = dict[str, Any]
-
-
-# ---- diffdistill list -------------------------------------------------------------------
-
-
-def inventory(kind: str) -> list[Row]:
-    """One row per method, teacher, data set, recipe or metric: name, about, and more."""
-    return {
-        "methods": _methods, "teachers": _teachers, "metrics": _metrics,
-        "data": lambda: _files("data"), "recipes": lambda: _files("recipe") + _files("teach"),
-    }[kind]()  # fmt: skip
-
-
-def _methods() -> list[Row]:
-    from diffdistill.registry import get_method, method_names
-
-    rows = []
-    for name in method_names():
-        cls = get_method(name)
-        cfg = cls.Config()
-        needs = cls.needs(cfg)
-        words = {
-            f"{needs.teacher} teacher": True, "real images": needs.images,
-            "stored teacher pairs": needs.pairs, "discriminator features": needs.features,
-        }  # fmt: skip
-        rows.append(
-            {
-                "name": name,
-                "about": _first_line(sys.modules[cls.__module__].__doc__),
-                "paper": cls.paper,
-                "needs": [word for word, needed in words.items() if needed],
-                "steps": getattr(cfg, "student_steps", None),
-            }
-        )
-    return rows
-
-
-def _teachers() -> list[Row]:
-    from diffdistill.config import teacher_names
-
-    about = {row["name"]: row["about"] for row in _files("teacher")}
-    rows = []
-    for name in teacher_names():
-        file = assets.path("teachers", name, "diffdistill.json")
-        info = json.loads(file.read_text()) if file.is_file() else {}
-        rows.append(
-            {
-                "name": name,
-                "about": about.get(name, ""),
-                "family": info.get("family"),
-                "world": info.get("world"),
-                "steps": info.get("steps"),
-                "folder": str(file.parent) if info else "missing: diffdistill doctor",
-            }
-        )
-    return rows
-
-
-def _files(group: str) -> list[Row]:
-    """The yaml files of a group; their first line says what they are."""
-    from diffdistill.config import folder
-
-    rows = []
-    for file in sorted(folder(group).glob("*.yaml")):
-        first = file.read_text().partition("\n")[0]
-        command = {"recipe": "train", "teach": "teach"}.get(group)
-        row = {"name": file.stem, "about": first.removeprefix("#").strip()}
-        rows.append(row | ({"command": f"{command} recipe={file.stem}"} if command else {}))
-    return rows
-
-
-def _metrics() -> list[Row]:
-    from diffdistill.eval.metrics import METRICS, WORLDS, of_folders
-
-    def where(name: str) -> list[str]:
-        found = ["pipelines of the embedded worlds"] if name in WORLDS else []
-        found += ["folders of images"] if name in of_folders() else []
-        found += ["folders of GenEval"] if name == "geneval" else []
-        return found or ["Python only (diffdistill.eval.metrics.measure)"]
-
-    return [
-        {
-            "name": name, "about": metric.about, "numbers": list(metric.values),
-            "paper": f"arXiv {metric.paper}" if metric.paper else "", "available": where(name),
-        }
-        for name, metric in METRICS.items()
-    ]  # fmt: skip
-
-
-def _first_line(text: str | None) -> str:
-    return (text or "").strip().partition("\n")[0]
-
-
-# ---- diffdistill doctor -----------------------------------------------------------------
-
 
 def main(argv: Sequence[str]) -> int:
     """Print what is here. With a recipe: exit code 2 if something that it needs is missing."""
+    from diffdistill.config import compose
+    from diffdistill.teachers import is_hub_id
+
     for title, lines in (
         ("versions", _versions()), ("devices", _devices()), ("disk", _disk(Path.cwd())),
         ("pieces", _pieces()),
@@ -130,9 +39,14 @@ def main(argv: Sequence[str]) -> int:
         print("".join(f"  {line}\n" for line in lines), end="")
     if not argv:
         return 0
-    missing = [f"{what}: {why}" for what, why in _needs(argv) if why]
+    cfg, _ = compose(argv)
+    missing = [f"{what}: {why}" for what, why in _needs(cfg) if why]
     print(" ".join(argv))
-    print("".join(f"  missing: {line}\n" for line in missing) or "  everything is here\n", end="")
+    hub = is_hub_id(cfg.teacher.name)
+    if hub:
+        print(f"  teacher {cfg.teacher.name}: {_on_the_hub(cfg.teacher.name)}")
+    rest = "  everything else is here\n" if hub else "  everything is here\n"
+    print("".join(f"  missing: {line}\n" for line in missing) or rest, end="")
     return 2 if missing else 0
 
 
@@ -191,9 +105,12 @@ def _disk(where: Path) -> list[str]:
 
 def _pieces() -> list[str]:
     """What commands need, whether it is here, and which command goes without it."""
+    from diffdistill.config import teacher_names
+
     rows: list[tuple[str, str | None, str]] = []
-    for name in ("shapes-sd", "fashion-edm"):
-        rows.append((f"teacher {name}", _teacher(name), f"train teacher={name}"))
+    for name in teacher_names():
+        use = f"train teacher={name}; to make it: teach recipe={name}"
+        rows.append((f"teacher {name}", _teacher(name), use))
     for protocol, judge in JUDGES.items():
         use = f"evaluate --protocol {protocol}"
         rows.append((f"judge {judge}", _judge(judge), use))
@@ -203,12 +120,10 @@ def _pieces() -> list[str]:
     return [f"{what:<26} {said(why, use)}" for what, why, use in rows]
 
 
-def _needs(argv: Sequence[str]) -> list[tuple[str, str | None]]:
+def _needs(cfg: RunConfig) -> list[tuple[str, str | None]]:
     """(what, why it is missing) for one configuration."""
-    from diffdistill.config import compose
     from diffdistill.registry import get_method
 
-    cfg, _ = compose(argv)
     needs = get_method(cfg.method_name).needs(cfg.method)
     teacher = cfg.teacher.name
     found: list[tuple[str, str | None]] = [(f"teacher {teacher}", _teacher(teacher))]
@@ -217,8 +132,9 @@ def _needs(argv: Sequence[str]) -> list[tuple[str, str | None]]:
     if needs.images and cfg.data.name in ("none", "prompts"):
         why = f"method {cfg.method_name} needs real images; data={cfg.data.name} has none"
         found.append(("images", why))
-    file = _teacher_folder(teacher) / "diffdistill.json"
-    protocol = json.loads(file.read_text()).get("protocol") if file.is_file() else None
+    folder = _teacher_folder(teacher)
+    file = folder / "diffdistill.json" if folder else None
+    protocol = json.loads(file.read_text()).get("protocol") if file and file.is_file() else None
     if cfg.evaluate.at_end and protocol in JUDGES:
         found += [(f"judge {JUDGES[protocol]}", _judge(JUDGES[protocol]))]
         found += [(f"reference {protocol}", _reference(protocol))]
@@ -233,12 +149,47 @@ def _needs(argv: Sequence[str]) -> list[tuple[str, str | None]]:
     return [*found, ("run.root", access)]
 
 
-def _teacher_folder(name: str) -> Path:
-    return Path(name) if Path(name).is_dir() else assets.path("teachers", name)
+def _teacher_folder(name: str) -> Path | None:
+    """Where a teacher is, or an embedded one would be; of a hub id the copy in the hub's cache."""
+    from diffdistill.teachers import is_hub_id
+
+    if not is_hub_id(name):
+        here = Path(name) if "/" in name else assets.path("teachers", name)
+        return assets.teacher(name) or here
+    from huggingface_hub import try_to_load_from_cache
+
+    index = try_to_load_from_cache(name, "model_index.json")
+    return Path(index).parent if isinstance(index, str) else None
 
 
 def _teacher(name: str) -> str | None:
-    return _file(_teacher_folder(name) / "model_index.json")
+    from diffdistill.teachers import is_hub_id
+
+    if not is_hub_id(name):
+        return _file(_teacher_folder(name) / "model_index.json")
+    from huggingface_hub import constants
+
+    offline = constants.HF_HUB_OFFLINE and _lacks(name)
+    return f"{_on_the_hub(name)}, but HF_HUB_OFFLINE forbids it" if offline else None
+
+
+def _on_the_hub(name: str) -> str:
+    """What a run does about a teacher on the hub."""
+    from huggingface_hub import constants
+
+    if not (lacks := _lacks(name)):
+        return f"in the hub's cache, {_teacher_folder(name)}"
+    return f"a run downloads {lacks}, as the hub's cache {constants.HF_HUB_CACHE} has no copy"
+
+
+def _lacks(name: str) -> str:
+    """What the hub's cache has not got of a pipeline."""
+    folder = _teacher_folder(name)
+    if folder is None:
+        return "it"
+    index = json.loads((folder / "model_index.json").read_text())
+    parts = [key for key, kind in index.items() if isinstance(kind, list) and kind[0]]
+    return ", ".join(part for part in parts if not (folder / part).is_dir())
 
 
 def _judge(name: str) -> str | None:

@@ -430,6 +430,8 @@ class Engine:
             row = dict(zip(row, stacked, strict=True))
         values = {k: float(v) for k, v in row.items()}
         short = {k.split("/")[-1]: f"{v:.3g}" for k, v in values.items() if "grad_norm" not in k}
+        if skipped := sum(role.skipped for role in self.roles.values()):
+            short["skipped"] = str(skipped)
         bar.set_postfix(short | {"img/s": f"{rate * self.cfg.batch_size:.0f}"}, refresh=False)
         for name, role in self.roles.items():
             values[f"{name}/updates"] = role.updates

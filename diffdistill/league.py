@@ -32,7 +32,7 @@ from tqdm import tqdm
 from diffdistill import assets
 from diffdistill.config import RunConfig, compose, fingerprint, folder, names
 from diffdistill.errors import writable
-from diffdistill.eval import standings
+from diffdistill.eval import standings, tables
 from diffdistill.eval.protocols import teacher_rows
 from diffdistill.registry import unknown
 
@@ -102,6 +102,8 @@ def league(
 ) -> int:
     """Run what is not finished. Returns 0, or the exit code of entries that failed.
 
+    In a checkout the README's tables are made again at the end (`diffdistill.eval.tables`).
+
     Args:
         config: name in configs/league, or the path of a yaml file.
         only: names of entries; default: all.
@@ -138,6 +140,9 @@ def league(
     _print_rows(name, rules, out)
     for which in failed:
         print(f"failed: {which}; the same command tries again", file=sys.stderr)
+    if assets.path("results").is_dir() and out.resolve() == assets.path("league").resolve():
+        tables.main()
+        print("the tables of README.md are made again from these rows")
     return 0 if not failed else 2 if set(failed.values()) == {2} else 1
 
 

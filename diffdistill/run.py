@@ -99,6 +99,7 @@ def execute(
             print(f"{cfg.method_name} on {loaded.name}: {folder}")
             how = runtime.describe(loaded.denoiser.runtime)
             print(f"execution: {how}, {torch.get_num_threads()} threads")
+            print(unjudged(cfg, loaded, folder), end="")
         started = time.perf_counter()
         calls = callbacks(cfg, engine, loaded, tracker)
         if main and cfg.evaluate.every and loaded.info.get("protocol"):
@@ -116,6 +117,7 @@ def execute(
                 from diffdistill.eval.report import write_report
 
                 print(f"report: {write_report([folder])}")
+            print(unjudged(cfg, loaded, folder), end="")
         accelerator.wait_for_everyone()
         module = _module(cfg, loaded, folder) if loaded.family == "module" else None
         return Result(folder, folder / "student", True, evaluation, module)
@@ -302,6 +304,18 @@ def judging(cfg: RunConfig, teacher: Teacher, folder: Path, argv: list[str]) -> 
     return Every(cfg.evaluate.every, judge_now, at_start=False)
 
 
+def unjudged(cfg: RunConfig, teacher: Teacher, folder: Path) -> str:
+    """A line on what the run leaves out although its configuration asks for it, and why."""
+    asked = cfg.evaluate.at_end or cfg.evaluate.every
+    if teacher.family == "module" and (asked or cfg.report):
+        return "no evaluation, no report: the teacher is a bare network, and they need a pipeline\n"
+    if teacher.info.get("protocol") or not asked:
+        return ""
+    from diffdistill.eval.protocols import unnamed
+
+    return f"no evaluation: {unnamed(teacher.name, f'diffdistill evaluate {folder}/student')}\n"
+
+
 def student_networks(engine: Engine) -> list[Denoiser | TokenModel]:
     """The networks that sample: one, or the experts of `Sampler.experts`."""
     modules = [engine.roles[name].module for name in engine.method.students]
@@ -388,6 +402,7 @@ def judge(student: Path, folder: Path, engine: Engine, n: int | None) -> dict[st
     """Evaluate a student folder under its protocol and add the numbers to its card."""
     out = folder / "eval" / f"step_{engine.step:06d}.json"
     from diffdistill.eval.evaluate import evaluate
+    from diffdistill.eval.records import on_screen
     from diffdistill.pipelines.loading import load_pipeline
 
     generator = load_pipeline(student, device=str(engine.acc.device))
@@ -396,9 +411,7 @@ def judge(student: Path, folder: Path, engine: Engine, n: int | None) -> dict[st
     info["metrics"] = result["records"]
     (student / "diffdistill.json").write_text(json.dumps(info, indent=1))
     write_card(student, info)
-    print(f"{out.stem}:")
-    for r in result["records"]:
-        print(f"  {r['metric']:<12} {r['value']:.4f}   (n={r['n']}, {r['protocol']})", flush=True)
+    print(f"{out.stem}:\n{on_screen(result['records'])}", flush=True)
     return result
 
 
@@ -431,6 +444,7 @@ def student_info(
             "images": engine.images,
             "seconds": round(engine.seconds, 1),
             "network_passes": engine.passes,
+            "skipped": {name: r.skipped for name, r in engine.roles.items() if r.skipped},
             "peak_memory_gib": round(peak_memory_gib(), 2),
             "processes": engine.acc.num_processes,
             "device": device_name(engine.acc.device),

@@ -68,8 +68,7 @@ def evaluate(
     """
     name = protocol or generator.info.get("protocol")
     if name is None:
-        known = ", ".join(protocols.PROTOCOLS)
-        raise ValueError(f"this pipeline names no protocol. Give one of: {known}")
+        raise ValueError(protocols.unnamed(generator.info["name"]))
     rules = protocols.get(name)
     groups = _groups(rules, metrics)
     n = rules.n if n is None else n

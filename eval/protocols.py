@@ -92,6 +92,16 @@ PROTOCOLS = {
 }
 
 
+def unnamed(pipeline: str, command: str = "") -> str:
+    """What to do about a pipeline that names no protocol."""
+    flag = f"{command} --protocol NAME".strip()
+    return (
+        f"{pipeline} names no protocol. Give {flag}, one of: {', '.join(PROTOCOLS)}. These are of "
+        "the embedded worlds; for images of anything else draw a folder (diffdistill sample "
+        "--folder DIR) and evaluate that"
+    )
+
+
 def get(name: str) -> Protocol:
     if name in FOLDERS:
         raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,3 +44,13 @@ def picked(records: Iterable[Mapping[str, Any]], metrics: Iterable[str]) -> list
 
 def comparable(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     return key(a) == key(b)
+
+
+def on_screen(records: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each number, with its n and protocol."""
+    wide = max((len(r["metric"]) for r in records), default=0)
+    lines = (
+        f"  {r['metric']:<{wide}}  {r['value']:10.4f}   (n={r['n']}, {r['protocol']})"
+        for r in records
+    )
+    return "\n".join(lines)

@@ -1,17 +1,18 @@
-"""The README's tables, made from stored results.
+"""The tables of the README and of the teachers' cards, made from stored results.
 
-    python -m diffdistill.eval.tables          # rewrites the blocks between the README's markers
+    python -m diffdistill.eval.tables          # rewrites the blocks between their markers
 
 `results`: assets/reference (teachers) and assets/results (students of the recipes).
 `league`: assets/league (methods against each other at one budget).
+`scores`: of a card: assets/reference (the teacher at its full number of steps).
 """
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from diffdistill import assets
+from diffdistill.card import metrics_table
 from diffdistill.eval import standings
 from diffdistill.eval.protocols import PROTOCOLS, teacher_rows
 from diffdistill.eval.records import key
@@ -32,6 +33,23 @@ def league() -> str:
 
 
 BLOCKS = {"results": results, "league": league}
+
+
+def scores(teacher: str) -> str:
+    """Every number of an embedded teacher at its full number of steps."""
+    file = assets.path("reference", f"{teacher}.json")
+    stored = json.loads(file.read_text()) if file.is_file() else {"weights": None}
+    info = json.loads(assets.path("teachers", teacher, "diffdistill.json").read_text())
+    if stored["weights"] != info["weights"]:
+        raise ValueError(
+            f"{file} has no rows of the weights that ship as {teacher}. Make them: "
+            f"python -m diffdistill.eval.protocols --rows {teacher}"
+        )
+    full = max(stored["rows"], key=lambda row: row["steps"])
+    return (
+        f"{full['steps']} steps, {full['records'][0]['nfe']} network passes per image; the FD of "
+        f"real test images is {full['floor_fd']:.2f}.\n\n{metrics_table(full['records'])}"
+    )
 
 
 def _table(protocol: str) -> str:
@@ -72,18 +90,33 @@ def _table(protocol: str) -> str:
 def updated(readme: str) -> str:
     """The README's text with fresh tables."""
     for block, make in BLOCKS.items():
-        start, end = f"<!-- {block} -->", f"<!-- /{block} -->"
-        before, opened, rest = readme.partition(start)
-        _, closed, after = rest.partition(end)
-        if not (opened and closed):
-            raise ValueError(f"the README has no block {start} ... {end}. Put the two lines back")
-        readme = f"{before}{start}\n{make()}\n{end}{after}"
+        readme = _filled(readme, "the README", block, make())
     return readme
 
 
-def main(path: Path | None = None) -> None:
-    path = path or assets.root().parent / "README.md"
-    path.write_text(updated(path.read_text()))
+def updated_card(teacher: str, card: str) -> str:
+    """The text of an embedded teacher's card with fresh scores."""
+    return _filled(card, f"the card of {teacher}", "scores", scores(teacher))
+
+
+def _filled(text: str, what: str, block: str, content: str) -> str:
+    start, end = f"<!-- {block} -->", f"<!-- /{block} -->"
+    before, opened, rest = text.partition(start)
+    _, closed, after = rest.partition(end)
+    if not (opened and closed):
+        raise ValueError(f"{what} has no block {start} ... {end}. Put the two lines back")
+    return f"{before}{start}\n{content}\n{end}{after}"
+
+
+def main() -> None:
+    """Of a checkout: the README and the cards in assets/teachers."""
+    readme = assets.root().parent / "README.md"
+    made = {readme: updated(readme.read_text())}
+    for teacher in assets.names("teachers"):
+        card = assets.path("teachers", teacher, "README.md")
+        made[card] = updated_card(teacher, card.read_text())
+    for file, text in made.items():
+        file.write_text(text)
 
 
 if __name__ == "__main__":

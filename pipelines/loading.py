@@ -183,7 +183,8 @@ class Generator:
 def load_pipeline(name_or_folder: str | Path, *, device: str | torch.device = "cpu") -> Generator:
     """An embedded teacher by name, or any teacher or student folder. Nothing is downloaded.
 
-    A folder without diffdistill.json is a teacher with the defaults of stock diffusers.
+    An embedded name wins over a folder of that name; give such a folder as ./NAME. A folder without
+    diffdistill.json is a teacher with the defaults of stock diffusers.
     """
     folder = _folder(name_or_folder)
     info = read_info(folder)
@@ -243,12 +244,9 @@ def check_steps(info: dict[str, Any], steps: int | None) -> None:
 def _folder(name: str | Path) -> Path:
     from diffdistill import assets
 
-    path = Path(name).expanduser()
-    if path.is_dir():
+    if (path := assets.teacher(name)) is not None:
         return path
     known = assets.names("teachers")
-    if str(name) in known:
-        return assets.path("teachers", str(name))
     raise ValueError(
         f"{str(name)!r} is neither a folder nor an embedded teacher ({', '.join(known)}). For a "
         "pipeline on the Hugging Face hub, download it first: hf download ID --local-dir FOLDER"

@@ -27,6 +27,7 @@ class ProbeConfig(MethodConfig):
     images: bool = False
     tokens: bool = False
     features: bool = False
+    nan_at: int = -1  # step
 
 
 @register_method("bad_input_probe")
@@ -46,7 +47,8 @@ class Probe(Method):
     def loss(self, batch):
         z = torch.randn(batch.size, *batch.shape)
         t = torch.ones(batch.size, dtype=torch.float64)
-        return {"norm": self.student(z, t, batch.cond).square().mean()}
+        norm = self.student(z, t, batch.cond).square().mean()
+        return {"norm": norm * float("nan") if batch.step == self.cfg.nan_at else norm}
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +92,8 @@ def run(teacher, images, tmp_path, monkeypatch, capsys):
         if "data=prompts" not in settings:
             base += ["data=folder", f"data.folder={images}"]
         code = train.main([*base, *settings])
-        return code, capsys.readouterr().err
+        call.out, err = capsys.readouterr()
+        return code, err
 
     return call
 
@@ -110,6 +113,19 @@ def test_the_probe_itself_trains(run, tmp_path):
     code, said = run()
     assert code == 0, said
     assert (tmp_path / "runs" / "r" / "DONE").is_file()
+    assert "no evaluation" not in run.out  # it was not asked for
+    assert "skipped" not in (tmp_path / "runs" / "r" / "student" / "README.md").read_text()
+
+
+def test_a_teacher_without_a_protocol_and_skipped_updates_are_told(run, teacher, tmp_path):
+    code, said = run("evaluate.at_end=true", "method.nan_at=3")
+    assert code == 0, said
+    student = tmp_path / "runs" / "r" / "student"
+    first, *_, last = [i for i in run.out.splitlines() if not i.startswith("execution")][1:]
+    assert first == last and first.startswith(f"no evaluation: {teacher} names no protocol. Give ")
+    assert f"diffdistill evaluate {student} --protocol NAME, one of: shapes-v1, fashion" in first
+    card = (student / "README.md").read_text()
+    assert "| skipped updates | 1 of student: their gradients were not finite |" in card
 
 
 def test_missing_prompt_file(run):

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from diffdistill import assets, cli, doctor
+from diffdistill import assets, cli, doctor, inventory
 from diffdistill.pipelines import loading
 
 COMMANDS = (
@@ -156,14 +156,54 @@ def test_list_methods(capsys):
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert {"dmd", "lcm", "kd"} <= set(rows)
     assert rows["lcm"]["needs"] == ["denoiser teacher", "real images"]
-    assert "stored teacher pairs" in rows["kd"]["needs"]
-    assert rows["dmd"]["steps"] == 1 and rows["lcm"]["steps"] == 4
+    assert rows["kd"]["needs"][1:] == ["prompts or labels (no images)", "stored teacher pairs"]
     assert all(rows[name]["about"] and "arXiv" in rows[name]["paper"] for name in ("dmd", "lcm"))
+
+
+def test_list_methods_says_networks_steps_and_what_options_need(capsys):
+    from diffdistill.registry import builtin_methods
+
+    rows = {row["name"]: row for row in inventory.inventory("methods")}
+    for name in builtin_methods():  # none is unknown
+        assert rows[name]["steps"] >= 1 and "student" in rows[name]["networks"], name
+    fixed = [name for name in builtin_methods() if not rows[name]["steps set by"]]
+    assert fixed == ["boot", "dd2", "independent", "kd", "swiftbrush"]
+    assert {name: rows[name]["steps"] for name in ("boot", "dd2", "dmd", "lcm", "crd")} == {
+        "boot": 1, "dd2": 1, "dmd": 1, "lcm": 4, "crd": 10,
+    }  # fmt: skip
+    assert "a reward that reads prompts or labels" in rows["crd"]["needs"]
+    assert rows["dmd"]["networks"] == ["student", "fake_score", "discriminator with method.gan"]
+    assert "real images with method.gan or method.student_input=noised_data" in rows["dmd"]["needs"]
+    assert "prompts or labels (no images) with method.gan=0" in rows["flash_dmd"]["needs"]
+    assert rows["dd2"]["needs"][-1] == "real images with method.adapt_steps"
+    assert rows["dd2"]["networks"][-1] == "adapted with method.adapt_steps"
+    assert cli.main(["list", "methods"]) == 0
+    said = capsys.readouterr().out
+    dd2 = said[said.index("\ndd2 ") : said.index("\ndisback ")]
+    assert "needs: tokens teacher, prompts or labels (no images), stored teacher pairs" in dd2
+    assert "networks: model, student, fake_score" in dd2 and "steps: 1" in dd2
+
+
+def test_a_method_that_asks_more_of_a_teacher_is_still_listed(monkeypatch):
+    from diffdistill import registry
+    from diffdistill.method import Method
+
+    class Picky(Method):
+        """Not here."""
+
+        def __init__(self, cfg, teacher):
+            super().__init__(cfg, teacher)
+            self.width = teacher.net.transformer.width
+
+    monkeypatch.setitem(registry._registered, "config_picky", Picky)
+    (row,) = [row for row in inventory.inventory("methods") if row["name"] == "config_picky"]
+    assert row["networks"] == [inventory.UNKNOWN] and row["steps"] is None
+    assert row["needs"] == ["denoiser teacher", "prompts or labels (no images)"]
 
 
 @pytest.mark.parametrize("kind", cli.LISTS)
 def test_every_list_has_names_and_one_line_about_each(kind, capsys):
-    rows = [row for row in doctor.inventory(kind) if "probe" not in row["name"]]
+    rows = [row for row in inventory.inventory(kind) if "probe" not in row["name"]]
     assert cli.main(["list", kind]) == 0
     said = capsys.readouterr().out
     for row in rows:
@@ -193,7 +233,7 @@ def test_list_metrics_is_the_registry_and_imports_no_torch(capsys):
 
 
 def test_recipes_say_their_command():
-    rows = {row["command"]: row for row in doctor.inventory("recipes")}
+    rows = {row["command"]: row for row in inventory.inventory("recipes")}
     assert "train recipe=quickstart" in rows and "teach recipe=shapes-sd" in rows
 
 
@@ -219,7 +259,14 @@ def test_doctor(capsys):
     said = capsys.readouterr().out
     for words in (torch.__version__.split("+")[0], "omegaconf", "cores", "bf16", "GiB free"):
         assert words in said
-    assert "teacher shapes-sd" in said and "judge shapes-clip" in said and "data fashion" in said
+    assert "judge shapes-clip" in said and "data fashion" in said
+    shipped = assets.names("teachers")
+    assert {"shapes-sd", "fashion-edm", "fashion-ar"} <= set(shipped)
+    for name in shipped:
+        (line,) = [line for line in said.splitlines() if f"  teacher {name} " in line]
+        assert line.split()[2:] == ["ok"]
+    if "fashion-var" not in shipped:
+        assert "to make it: teach recipe=fashion-var" in said
     assert "attention under a forward-mode derivative: cpu: chunked (torch)" in said
 
 
@@ -248,6 +295,34 @@ def test_doctor_is_content_when_all_is_there(tmp_path, monkeypatch, capsys):
     assert cli.main([*argv, "evaluate.at_end=false"]) == 0
     assert cli.main([*argv, "evaluate.at_end=false", "method=lcm", "data=none"]) == 2
     assert "lcm needs real images" in capsys.readouterr().out
+
+
+def test_doctor_looks_for_a_hub_id_in_the_hubs_cache(tmp_path, monkeypatch, capsys):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(doctor, "FREE", 0.0)
+    argv = ["doctor", "method=dmd", "teacher=some/thing", f"run.root={tmp_path}"]
+
+    def said(code):
+        assert cli.main(argv) == code
+        return capsys.readouterr().out.partition("teacher=some/thing")[2]
+
+    assert f"teacher some/thing: a run downloads it, as the hub's cache {tmp_path}" in said(0)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "missing: teacher some/thing: a run downloads it" in said(2)
+    folder = tmp_path / "models--some--thing"
+    here = folder / "snapshots" / "c0ffee"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("c0ffee")
+    (here / "vae").mkdir(parents=True)
+    index = {"_class_name": "X", "unet": ["a", "b"], "vae": ["a", "b"], "safety": [None, None]}
+    (here / "model_index.json").write_text(json.dumps(index))
+    assert "a run downloads unet" in said(2)
+    (here / "unet").mkdir()
+    assert f"teacher some/thing: in the hub's cache, {here}" in said(0)
+    assert "everything else is here" in said(0)
 
 
 # ---- sample, evaluate, report -----------------------------------------------------------
@@ -384,14 +459,19 @@ def test_evaluate(fakes, monkeypatch, capsys):
     import diffdistill.eval.evaluate as module
 
     got = {}
+    numbers = {"metric": "fd", "value": 12.5, "n": 64, "protocol": "shapes-v1/n=64"}
+    result = {"pipeline": "s", "records": [numbers], "left_out": {"diversity": "too few"}}
 
     def measure(generator, **settings):
         got.update(settings, generator=generator)
-        return {"pipeline": "s", "records": []}
+        return result
 
     monkeypatch.setattr(module, "evaluate", measure)
     assert cli.main(["evaluate", "student", "--metrics", "fid,prdc", "--num", "64"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"pipeline": "s", "records": []}
+    table, left_out, file = capsys.readouterr().out.splitlines()
+    assert table.split() == ["fd", "12.5000", "(n=64,", "shapes-v1/n=64)"]
+    assert left_out == "  diversity is left out: too few"
+    assert Path(file).match("evaluations/s-*.json") and json.loads(Path(file).read_text()) == result
     assert got["generator"] is fakes["student"]
     assert (got["metrics"], got["n"], got["protocol"], got["out"]) == (
         ["fid", "prdc"],
@@ -401,6 +481,43 @@ def test_evaluate(fakes, monkeypatch, capsys):
     )
     assert cli.main(["evaluate", "student", "--out", "d", "--protocol", "shapes-v1"]) == 0
     assert (got["out"], got["protocol"]) == (Path("d/s.json"), "shapes-v1")
+    said = capsys.readouterr().out.splitlines()
+    assert said == [table, left_out, "d/s.json"]
+    numbers["value"] = 13.5  # other numbers never replace these
+    assert cli.main(["evaluate", "student"]) == 0
+    assert json.loads(Path(file).read_text())["records"][0]["value"] == 12.5
+    assert len(list(Path("evaluations").iterdir())) == 2
+
+
+def test_a_pipeline_without_a_protocol_is_told_which_to_give(fakes, capsys):
+    said = refused(["evaluate", "alien"], capsys)
+    assert "a names no protocol. Give --protocol NAME, one of: shapes-v1, fashion-v1." in said
+    assert "sample --folder DIR" in said
+
+
+def test_an_embedded_name_wins_over_a_folder_of_that_name(tmp_path, monkeypatch):
+    from diffdistill.teachers import resolve
+
+    monkeypatch.chdir(tmp_path)
+    Path("shapes-sd").mkdir()
+    shipped = assets.path("teachers", "shapes-sd")
+    for given, folder in (
+        ("shapes-sd", shipped), ("./shapes-sd", Path("shapes-sd")), (shipped, shipped),
+        (Path("shapes-sd"), Path("shapes-sd")),
+    ):  # fmt: skip
+        assert Path(resolve(given)) == folder == loading._folder(given)
+    assert doctor._teacher_folder("shapes-sd") == shipped
+    with pytest.raises(ValueError, match=r"no model_index\.json"):
+        loading.load_pipeline("./shapes-sd")
+
+
+def test_wrong_a_folder_of_an_embedded_name_is_not_what_is_evaluated(fakes, monkeypatch, capsys):
+    import diffdistill.eval.evaluate as module
+
+    Path("shapes-sd").mkdir()  # of images, say
+    fakes["shapes-sd"] = fakes["student"]
+    monkeypatch.setattr(module, "evaluate", lambda *_, **__: {"pipeline": "s", "records": []})
+    assert cli.main(["evaluate", "shapes-sd"]) == 0
 
 
 def test_report(monkeypatch, capsys):

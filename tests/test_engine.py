@@ -439,6 +439,29 @@ def test_a_non_finite_update_is_skipped_and_counted():
     assert all(r.module.w.grad is None for r in engine.roles.values())
 
 
+def test_skipped_updates_are_on_the_progress_bar(monkeypatch):
+    said = []
+
+    class Bar:
+        def __init__(self, **_):
+            pass
+
+        def set_postfix(self, values, refresh):
+            said.append(values.get("skipped"))
+
+        def update(self):
+            pass
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr("diffdistill.engine.tqdm", Bar)
+    engine = failing({1, 2, 4})
+    engine.cfg.steps, engine.log_every = 5, 1
+    engine.fit()
+    assert said == [None, "1", "2", "2", "3"]
+
+
 def test_too_many_in_a_row_stop_the_run():
     engine = failing({2, 4, 5, 6, 7})
     with pytest.raises(NonFinite) as error:

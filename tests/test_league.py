@@ -520,6 +520,23 @@ def test_the_readme_block_is_made_from_the_files(tmp_path, monkeypatch):
         tables.updated("<!-- results -->\n<!-- /results -->\n")
 
 
+def test_a_league_of_a_checkout_ends_with_the_readme(tmp_path, monkeypatch, capsys):
+    readme = tmp_path / "README.md"
+    monkeypatch.setattr(tables.assets, "root", lambda: tmp_path / "assets")
+    monkeypatch.setattr(module, "plan", lambda *_: [])  # all is finished
+    old = "<!-- results -->\n<!-- /results -->\n<!-- league -->\nold\n<!-- /league -->\n"
+    readme.write_text(old)
+    for folder in ("league", "results"):
+        (tmp_path / "assets" / folder).mkdir(parents=True)
+    rows = json.dumps([row("good", 9.0)])
+    (tmp_path / "assets" / "league" / "shapes-sd.json").write_text(rows)
+    assert cli.main(["league", "shapes-sd", "--out", f"{tmp_path}/elsewhere"]) == 0
+    assert readme.read_text() == old and "README" not in capsys.readouterr().out
+    assert cli.main(["league", "shapes-sd"]) == 0
+    assert "| `good` | `dmd` | 1 | 1 | 1 | 9.00 |" in readme.read_text()
+    assert "the tables of README.md are made again" in capsys.readouterr().out
+
+
 def test_the_readme_has_the_block():
     readme = (ROOT / "README.md").read_text()
     assert readme.count("<!-- league -->") == readme.count("<!-- /league -->") == 1

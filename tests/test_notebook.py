@@ -6,17 +6,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    UNet2DModel,
+)
 
 from diffdistill import assets
-from diffdistill.data import fashion
-from diffdistill.export import export_student
-from diffdistill.method import Sampler
+from diffdistill.data import fashion, shapes
+from diffdistill.export import export_student, export_token_student
+from diffdistill.method import Sampler, TokenSampler
 from diffdistill.pipelines.edm import EDMPipeline
 from diffdistill.pipelines.loading import load_pipeline
 from diffdistill.pipelines.scheduler import HeunEDMScheduler
-from diffdistill.schedules import EDM
-from diffdistill.testing import mixture
+from diffdistill.schedules import EDM, student_times
+from diffdistill.teachers import load_teacher
+from diffdistill.teaching.convert import sd3_text_encoder, silent_text_encoders
+from diffdistill.testing import mixture, tiny_tokens
 from diffdistill.tracking import save_grid
 
 NOTEBOOKS = Path(__file__).parents[1] / "assets" / "notebooks"
@@ -119,6 +126,83 @@ def test_inspect_finds_the_copied_training_image(run, execute, monkeypatch, caps
     assert math.isclose(space["path"][0].sub(space["a"]).abs().max(), 0, abs_tol=1e-5)
     assert space["between"].shape == (8, 1, 28, 28)
     assert space["between"][0].ne(space["between"][-1]).float().mean() > 0.5
+
+
+def denoised(pipe, family, folder):
+    """A student of one step that is its teacher."""
+    teacher = load_teacher(pipe)
+    times = student_times(teacher.denoiser.schedule, 1)
+    net = pipe.transformer if family == "sd3" else pipe.unet
+    export_student(
+        folder / "student", teacher_pipe=pipe, family=family, weights=net, sampler=Sampler(times),
+        info={"teacher": str(folder / "teacher"), "method": "dmd", "world": "shapes"},
+    )  # fmt: skip
+
+
+def sd(folder):
+    """shapes-sd."""
+    pipe = load_pipeline("shapes-sd").pipe
+    denoised(pipe, "sd", folder)
+    return pipe, {"steps": 2, "guidance": 2.0}
+
+
+def sd3(folder):
+    """A transformer without worth on the autoencoder and text model of shapes-sd."""
+    base = load_pipeline("shapes-sd").pipe
+    text = sd3_text_encoder(base.text_encoder)
+    base.vae.register_to_config(shift_factor=0.0)
+    width = base.text_encoder.config.hidden_size
+    second, third = silent_text_encoders(len(base.tokenizer), 16, width + 8)
+    torch.manual_seed(0)
+    net = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=1,
+        attention_head_dim=8, num_attention_heads=2, joint_attention_dim=width + 8,
+        caption_projection_dim=16, pooled_projection_dim=width + 8, pos_embed_max_size=8,
+    )  # fmt: skip
+    words = {f"tokenizer{i}": base.tokenizer for i in ("", "_2", "_3")}
+    pipe = StableDiffusion3Pipeline(
+        transformer=net, vae=base.vae, text_encoder=text, text_encoder_2=second,
+        text_encoder_3=third, scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0), **words,
+    )  # fmt: skip
+    denoised(pipe, "sd3", folder)
+    return pipe, {"steps": 2, "guidance": 2.0}
+
+
+def tokens(folder):
+    """Four tokens in raster order, and an untrained student of both kinds of steps."""
+    pipe = tiny_tokens()
+    export_token_student(
+        folder / "student", teacher_pipe=pipe, net=pipe.model().variant("jump").net,
+        sampler=TokenSampler((0, 1), 1),
+        info={"teacher": str(folder / "teacher"), "method": "dd1", "world": None},
+    )  # fmt: skip
+    return pipe, {"steps": pipe.steps, "guidance": 1.5}
+
+
+@pytest.mark.parametrize("make", [sd, sd3, tokens])
+def test_inspect_takes_every_family(make, execute, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    pipe, how = make(run)
+    info = {"kind": "teacher", "name": "small", "family": make.__name__, "world": None, **how}
+    pipe.save_pretrained(run / "teacher")
+    (run / "teacher" / "diffdistill.json").write_text(json.dumps(info))
+    (run / "config.yaml").write_text("a: 1\n")
+    monkeypatch.setenv("DIFFDISTILL_RUN", str(run))
+    monkeypatch.setattr(shapes, "render", lambda scenes, draw=shapes.render: draw(scenes[:40]))
+    space = execute("inspect.ipynb", {})
+    student, said = load_pipeline(run / "student"), capsys.readouterr().out
+    assert f"run: {student.info['steps']} step(s), unfinished" in said
+    assert "not evaluated yet" in said
+    prompts = make is not tokens
+    assert isinstance(space["conditions"][0], str) == prompts
+    assert torch.equal(space["ours"], student.sample(space["conditions"], range(8)))
+    # an autoregressive teacher has its own number of steps only
+    assert len(space["rows"]) == (3 if prompts else 2)
+    assert ("not known here" in said) != prompts == ("nearest" in space)
+    first, *_, last = space["between"]
+    assert first.ne(last).any() and space["between"].shape == space["ours"].shape
+    # the first end is what its seed draws
+    assert (first.int() - space["ours"][0].int()).abs().max() <= 1
 
 
 # ---- a mixture in two dimensions --------------------------------------------------------

@@ -39,6 +39,35 @@ def test_the_tables_are_those_of_the_stored_results():
     assert tables.updated(README) == README
 
 
+@pytest.mark.parametrize("name", assets.names("teachers"))
+def test_the_cards_say_what_the_teachers_score(name):
+    from diffdistill.eval import tables
+
+    card = assets.path("teachers", name, "README.md").read_text()
+    assert tables.updated_card(name, card) == card
+    rows = json.loads(assets.path("reference", f"{name}.json").read_text())["rows"]
+    full = max(rows, key=lambda row: row["steps"])
+    for r in full["records"]:
+        assert f"| {r['metric']} | {r['value']:.4g} | {r['n']} | {r['m']} | {r['protocol']}" in card
+    assert f"{full['steps']} steps, {full['records'][0]['nfe']} network passes" in card
+
+
+def test_wrong_rows_of_other_weights_are_not_put_into_a_card(monkeypatch, tmp_path):
+    from diffdistill.eval import tables
+
+    path = assets.path
+    own = lambda *parts: tmp_path / parts[1] if parts[0] == "reference" else path(*parts)  # noqa: E731
+    monkeypatch.setattr(tables.assets, "path", own)
+    with pytest.raises(ValueError, match=r"no rows of the weights .* --rows shapes-sd"):
+        tables.scores("shapes-sd")
+    stored = json.loads(path("reference", "shapes-sd.json").read_text()) | {
+        "weights": {"unet": "0"}
+    }
+    (tmp_path / "shapes-sd.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=r"no rows of the weights .* --rows shapes-sd"):
+        tables.scores("shapes-sd")
+
+
 def stored_rows():
     """(protocol, row) of every teacher and student that ships."""
     rows = [(name, row) for name in PROTOCOLS for row in teacher_rows(name)]

@@ -163,7 +163,8 @@ def test_the_recipes_make_teachers_and_resume(name, few_clothes, tmp_path):
     assert image.shape == (1, 1, 28, 28)
     teacher = load_teacher(str(out))
     assert teacher.info["protocol"] == "fashion-v1" and teacher.denoiser.shape[1] == 8
-    assert "test NLL" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "test NLL" in card and card.count("scores -->") == 2 and "Not measured yet" in card
     log = (tmp_path / "next_token" / "metrics.jsonl").read_text()
     shutil.rmtree(out)
     again = load_pipeline(make(settings, tmp_path, acc, teach.train_stage))  # nothing left to train

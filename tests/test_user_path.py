@@ -96,13 +96,15 @@ def test_evaluation_does_not_depend_on_the_batch_size(trained):
         evaluate(generator, n=12, metrics=["accuracy"])
 
 
-def test_any_module_can_be_a_teacher(tmp_path):
+def test_any_module_can_be_a_teacher(tmp_path, capsys):
     teacher = gaussian((1.0, -0.5), 0.4, EDM(t_max=5.0))
     result = dd.distill(
         teacher, method="dmd", steps=150, out=tmp_path / "g", train__batch_size=128,
         method__ttur=2, optim__default__lr=0.01, precision__dtype="fp32", threads=1,
     )  # fmt: skip
     assert result.done and (result.student / "student.safetensors").is_file()
+    left_out = "no evaluation, no report: the teacher is a bare network"
+    assert capsys.readouterr().out.count(left_out) == 2  # at the start, and in the report's place
     from safetensors.torch import load_file
 
     weights = load_file(result.student / "student.safetensors")

@@ -69,14 +69,17 @@ class Teacher:
 
 
 def load_teacher(source: Any) -> Teacher:
-    """Embedded name, folder, hub id, loaded diffusers pipeline, or a `Denoiser`."""
+    """Embedded name, folder, hub id, loaded diffusers pipeline, or a `Denoiser`.
+
+    An embedded name wins over a folder of that name; give such a folder as ./NAME.
+    """
     if isinstance(source, Teacher):
         return source
     if isinstance(source, Denoiser):
         return _module(source)
     info: dict[str, Any] = {}
     if isinstance(source, str | Path):
-        folder = resolve(str(source))
+        folder = resolve(source)
         if (Path(folder) / INFO).is_file():
             info = json.loads((Path(folder) / INFO).read_text())
         try:
@@ -89,16 +92,13 @@ def load_teacher(source: Any) -> Teacher:
     return _adapt(pipe, info)
 
 
-def resolve(name: str) -> str:
+def resolve(source: str | Path) -> str:
     """Embedded name -> its folder; an existing folder or a hub id stays as it is."""
     from diffdistill import assets
 
-    if Path(name).is_dir():
-        return name
-    if name in embedded():
-        return str(assets.path("teachers", name))
-    if name.count("/") == 1 and not name.startswith((".", "/")):
-        return name
+    folder, name = assets.teacher(source), str(source)
+    if folder is not None or is_hub_id(name):
+        return str(folder or name)
     from diffdistill.config import names
     from diffdistill.registry import unknown
 
@@ -110,6 +110,11 @@ def resolve(name: str) -> str:
     raise ValueError(
         unknown("teacher", name, embedded()) + ", a folder of a diffusers pipeline, or a hub id"
     )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether it reads as OWNER/NAME, and is no folder."""
+    return name.count("/") == 1 and name[0] not in "./~" and not Path(name).is_dir()
 
 
 def embedded() -> list[str]:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffdistill import runtime
+from diffdistill.card import metrics_table
 from diffdistill.checkpoint import sha256
 from diffdistill.data import fashion, prepare, shapes
 from diffdistill.data.stream import Shuffled, TensorStream
@@ -505,6 +506,9 @@ def _card(folder: Path, info: Settings, settings: Settings, text: str) -> None:
     command = f"diffdistill teach recipe={settings['recipe']}"
     record = info | {"command": command, "recipe": settings, "weights": weights}
     (folder / "diffdistill.json").write_text(json.dumps(record, indent=1) + "\n")
-    lines = [f"# {info['name']}", "", text, "", f"Made by `{command}` with", "", "```json"]
+    lines = [f"# {info['name']}", "", text, ""]
+    if info["kind"] == "teacher":  # python -m diffdistill.eval.tables fills it in
+        lines += ["<!-- scores -->", metrics_table([]), "<!-- /scores -->", ""]
+    lines += [f"Made by `{command}` with", "", "```json"]
     lines += [json.dumps(settings, indent=1), "```", "", f"Licence: {info['licence']}.", ""]
     (folder / "README.md").write_text("\n".join(lines))
