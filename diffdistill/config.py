@@ -19,7 +19,7 @@ import importlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,7 @@ class EvaluateConfig:
     at_end: bool = True
     n: int | None = None  # samples; None: as the protocol says
     every: int = 0  # steps; 0: never during training
+    steps: tuple[int, ...] = ()  # further counts of student steps, at the end; `Method.any_steps`
 
 
 @dataclass
@@ -121,6 +122,24 @@ class RunConfig:
                 )
         for key, ema in self.ema.items():
             _check(f"ema.{key}.value", ema.value, EMA_RULES[ema.kind])
+        self._check_further()
+
+    def _check_further(self) -> None:
+        """Whether this method's students can be sampled with `evaluate.steps`."""
+        further = list(self.evaluate.steps)
+        if further and not get_method(self.method_name).any_steps:
+            able = (name for name in method_names() if get_method(name).any_steps)
+            raise ValueError(
+                f"evaluate.steps={further}: a student by {self.method_name!r} is made for its own "
+                f"number of steps. Methods whose students take any number: {', '.join(able)}. "
+                "Leave evaluate.steps out, and train once for each number of steps"
+            )
+        for steps in further:
+            _check("evaluate.steps", steps, "1 or more")
+            try:
+                replace(self.method, student_steps=steps).validate()
+            except ValueError as error:
+                raise ValueError(f"evaluate.steps={further}: {error}") from error
 
 
 ALLOWED = {

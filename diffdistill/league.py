@@ -3,7 +3,8 @@
 An entry is an ordinary run of `diffdistill train`, in its own process and run folder: it resumes,
 and `diffdistill report` reads it. How many steps it gets follows from the budget and from what its
 steps and teacher pairs cost (`diffdistill.passes`). A finished run becomes a row in
-OUT/<teacher>.json; the run folders say what is finished, so the same command continues.
+OUT/<teacher>.json, or one for each number of steps that its student was sampled with; the run
+folders say what is finished, so the same command continues.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ from diffdistill.config import RunConfig, compose, fingerprint, folder, names
 from diffdistill.errors import writable
 from diffdistill.eval import standings, tables
 from diffdistill.eval.protocols import teacher_rows
+from diffdistill.eval.records import evaluations
 from diffdistill.registry import unknown
 
 # settings that follow from other fields of an entry
 GIVEN = {
     "recipe": "recipe", "method": "method", "teacher": "teachers", "train.seed": "seeds",
     "train.steps": "budget", "method.student_steps": "steps", "run.root": "name",
-    "run.name": "name", "evaluate.at_end": "name",
+    "run.name": "name", "evaluate.at_end": "name", "evaluate.steps": "steps",
 }  # fmt: skip
 
 
@@ -49,10 +51,15 @@ class Entry:
     name: str = MISSING
     method: str | None = None  # and, or,
     recipe: str | None = None
-    steps: int = 1  # of the student
+    steps: Any = 1  # of the student; a list: one training, a row for each (`Method.any_steps`)
     set: dict[str, Any] = field(default_factory=dict)  # as on the command line of train
     seeds: list[int] | None = None  # None: the league's
     teachers: list[str] | None = None  # None: the league's
+
+    @property
+    def counts(self) -> list[int]:
+        """Numbers of student steps; it is trained with the first."""
+        return self.steps if isinstance(self.steps, list) else [self.steps]
 
 
 @dataclass
@@ -189,6 +196,13 @@ def _check(path: Path, rules: League) -> None:
                 f"{path}: entry name {entry.name!r}. Allowed: letters, digits and _+-, once each"
             )
         seen.add(entry.name)
+        counts = entry.counts
+        right = all(type(k) is int and k > 0 for k in counts)
+        if not (right and counts and len({*counts}) == len(counts)):
+            raise ValueError(
+                f"{path}: entry {entry.name!r} has steps {entry.steps!r}. Allowed: a whole number "
+                "above 0, or a list of different ones"
+            )
         if stray := set(entry.teachers or ()) - set(rules.teachers):
             raise ValueError(
                 f"{path}: entry {entry.name!r} names teacher {min(stray)!r}. The league has: "
@@ -207,7 +221,7 @@ def _check(path: Path, rules: League) -> None:
 def plan(name: str, config: str, rules: League, runs: Path) -> list[Job]:
     """Every run of the league, with the number of steps that the budget buys."""
     from diffdistill.passes import Counter, dry_engine, of_pairs
-    from diffdistill.run import launched, sampling_info
+    from diffdistill.run import further_samplers, launched, sampling_info
     from diffdistill.teachers import load_teacher
 
     composed = [
@@ -227,12 +241,13 @@ def plan(name: str, config: str, rules: League, runs: Path) -> list[Job]:
         with _named(entry):
             engine = dry_engine(cfg, teacher, accelerator)
             _check_steps(entry, sampling_info(engine.method.sampler())[0])
+            further_samplers(cfg, teacher)  # refuses times that do not fall
             pairs, counter = of_pairs(cfg, teacher), Counter(engine)
             asked = asked_of(cfg, rules.budget)
             for seed in entry.seeds or rules.seeds:
                 spent = _spent(rules.budget, pairs, counter.steps(seed))
                 cfg = replace(cfg, train=replace(cfg.train, seed=seed, steps=len(spent)))
-                key = json.dumps([fingerprint(cfg), weights, cfg.evaluate.n])
+                key = json.dumps([fingerprint(cfg), weights, cfg.evaluate.n, *cfg.evaluate.steps])
                 digest = hashlib.sha256(key.encode()).hexdigest()[:6]
                 short = Path(source).name
                 where = re.sub(r"[^\w+-]+", "-", f"{short}-{entry.name}-s{seed}-{digest}")
@@ -258,7 +273,9 @@ def settings(rules: League, entry: Entry, teacher: str) -> tuple[list[str], RunC
     with _named(entry):
         cfg, _ = compose(argv)
         if "student_steps" in (f.name for f in fields(cfg.method)):
-            more["method.student_steps"] = entry.steps
+            more["method.student_steps"] = entry.counts[0]
+        if further := entry.counts[1:]:
+            more["evaluate.steps"] = further
         for key, value in more.items():
             argv.append(f"{key}={value if isinstance(value, str) else json.dumps(value)}")
         return argv, compose(argv)[0]
@@ -266,7 +283,7 @@ def settings(rules: League, entry: Entry, teacher: str) -> tuple[list[str], RunC
 
 def asked_of(cfg: RunConfig, budget: int) -> str:
     """Hash of what is asked of an entry, whatever its seed: as `settings` composes it."""
-    key = json.dumps([fingerprint(cfg), cfg.evaluate.n, budget])
+    key = json.dumps([fingerprint(cfg), cfg.evaluate.n, budget, *cfg.evaluate.steps])
     return hashlib.sha256(key.encode()).hexdigest()[:8]
 
 
@@ -280,8 +297,9 @@ def _named(entry: Entry) -> Iterator[None]:
 
 
 def _check_steps(entry: Entry, steps: int) -> None:
-    if steps != entry.steps:
-        raise ValueError(f"its student has {steps} step(s), not {entry.steps}. Set steps: {steps}")
+    first = entry.counts[0]
+    if steps != first:
+        raise ValueError(f"its student has {steps} step(s), not {first}. Set steps: {steps}")
 
 
 def _spent(budget: int, pairs: int, steps: Iterator[int]) -> tuple[int, ...]:
@@ -334,42 +352,40 @@ def train(argv: Sequence[str], lock: int) -> int:
 
 
 def publish(job: Job, out: Path) -> str:
-    """Put the row of a finished run into its file; draw the plot. Returns a line about it."""
-    row = row_of(job)
+    """Put the rows of a finished run into their file; draw the plot. Returns a line about them."""
+    made = rows_of(job)
     file = out / f"{job.teacher}.json"
     with locked(out):
         before = json.loads(file.read_text()) if file.is_file() else []
-        rows = merged(before, row)
+        rows = before
+        for row in made:
+            rows = merged(rows, row)
         if rows != before or not file.with_suffix(".png").is_file():
             aside = file.with_suffix(".partial")
             aside.write_text(json.dumps(rows, indent=1) + "\n")
             aside.replace(file)
             standings.plot(rows, file.with_suffix(".png"))
-    numbers = ", ".join(f"{standings.NAMES.get(k, k)} {v:.4g}" for k, v in row["metrics"].items())
-    return f"{numbers} (n = {row['n']}, {row['protocol']}); {row['passes']:,} passes"
+    parts = []
+    for row in made:
+        named = (f"{standings.NAMES.get(k, k)} {v:.4g}" for k, v in row["metrics"].items())
+        how = f"{row['steps']} step(s): " if len(made) > 1 else ""
+        parts.append(f"{how}{', '.join(named)}")
+    first = made[0]
+    return f"{'; '.join(parts)} (n = {first['n']}, {first['protocol']}); {first['passes']:,} passes"
 
 
-def row_of(job: Job) -> dict[str, Any]:
-    """The row of a finished run."""
+def rows_of(job: Job) -> list[dict[str, Any]]:
+    """The rows of a finished run: one for each number of student steps."""
     info = json.loads((job.folder / "student" / "diffdistill.json").read_text())
     lock = json.loads((job.folder / "config.lock.json").read_text())
-    made = {
-        int(file.stem.removeprefix("step_")): json.loads(file.read_text())
-        for file in (job.folder / "eval").glob("step_*.json")
-    }
-    result, cost = made[len(job.spent)], info["train"]
+    made, cost = evaluations(job.folder), info["train"]
     passes = job.pairs + cost["network_passes"]
     if passes != job.spent[-1]:
         raise RuntimeError(
             f"{job.label} took {passes:,} passes, and {job.spent[-1]:,} were counted before. Its "
             "numbers are not of this budget; please report this"
         )
-    fd = {
-        step: next(r["value"] for r in m["records"] if r["metric"] == "fd")
-        for step, m in sorted(made.items())
-        if step > 0
-    }
-    return {
+    same = {
         "league": job.league,
         "method": job.cfg.method_name,
         "entry": job.entry.name,
@@ -378,7 +394,6 @@ def row_of(job: Job) -> dict[str, Any]:
         "teacher_files": info.get("teacher_weights"),
         "seed": job.seed,
         "asked": job.asked,
-        **_evaluation(result),
         "budget": job.budget,
         "passes": passes,
         "pair_passes": job.pairs,
@@ -389,11 +404,24 @@ def row_of(job: Job) -> dict[str, Any]:
         "peak_memory_gib": cost["peak_memory_gib"],
         "processes": cost["processes"],
         "trained_on": cost["device"],
-        "curve": [[job.spent[step - 1], value] for step, value in fd.items()],
         "command": f"diffdistill league {job.config} --only {job.entry.name}",
         "train_command": info["command"],
         "versions": lock["versions"],
     }
+    return [
+        same | _evaluation(made[k][len(job.spent)]) | {"curve": _curve(job, made[k])}
+        for k in (0, *job.entry.counts[1:])
+    ]
+
+
+def _curve(job: Job, made: dict[int, dict[str, Any]]) -> list[list[float]]:
+    """[passes, FD] of the evaluations of a run."""
+    fd = {
+        step: next(r["value"] for r in m["records"] if r["metric"] == "fd")
+        for step, m in sorted(made.items())
+        if step > 0
+    }
+    return [[job.spent[step - 1], value] for step, value in fd.items()]
 
 
 def _evaluation(result: dict[str, Any]) -> dict[str, Any]:
@@ -407,7 +435,7 @@ def merged(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, An
 
     Rows of its entry for which something else was asked, or of other teacher weights, are dropped.
     """
-    key = lambda r: (r["league"], r["entry"], r["seed"])  # noqa: E731
+    key = lambda r: (r["league"], r["entry"], r["seed"], r["steps"])  # noqa: E731
     made = lambda r: (r["asked"], r["teacher_weights"])  # noqa: E731
     others = [
         r
@@ -442,16 +470,21 @@ def _print_rows(name: str, rules: League, out: Path) -> int:
         teacher = Path(source).name
         file = out / f"{teacher}.json"
         rows = json.loads(file.read_text()) if file.is_file() else []
-        there = {(r["entry"], r["seed"], r["asked"]) for r in rows if r["league"] == name}
+        named = ("entry", "seed", "asked", "steps")
+        there = {tuple(r[k] for k in named) for r in rows if r["league"] == name}
         asked = [
-            (entry.name, seed, asked_of(settings(rules, entry, source)[1], rules.budget))
+            (entry, seed, asked_of(settings(rules, entry, source)[1], rules.budget))
             for entry in rules.entries
             if source in (entry.teachers or rules.teachers)
             for seed in entry.seeds or rules.seeds
         ]
         if table := standings.markdown(rows):
             print(f"\n{table}\n")
-        left = [f"{wanted[0]} seed {wanted[1]}" for wanted in asked if wanted not in there]
+        left = [
+            f"{entry.name} seed {seed}"
+            for entry, seed, digest in asked
+            if not there >= {(entry.name, seed, digest, k) for k in entry.counts}
+        ]
         print(f"{teacher}: {len(asked) - len(left)} of {len(asked)} entries have a row")
         if left:
             print(f"without one: {', '.join(left)}")
@@ -461,9 +494,10 @@ def _print_rows(name: str, rules: League, out: Path) -> int:
 def _print_plan(jobs: list[Job], rules: League) -> int:
     print(f"budget: {rules.budget:,} network passes each")
     for job in jobs:
+        steps = ", ".join(map(str, job.entry.counts))
         pairs = f", {job.pairs:,} of them for teacher pairs" if job.pairs else ""
         print(
-            f"{job.label}: {job.cfg.method_name}, {job.entry.steps} student step(s), "
+            f"{job.label}: {job.cfg.method_name}, {steps} student step(s), "
             f"{len(job.spent)} steps of {job.cfg.train.batch_size}, {job.spent[-1]:,} passes"
             f"{pairs}; {'finished' if job.done else 'to do'}: {job.folder}"
         )

@@ -149,6 +149,7 @@ class Method:
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     paper: ClassVar[str] = ""  # "Title, arXiv id", for cards and lists
     students: ClassVar[tuple[str, ...]] = ("student",)  # averaged and exported
+    any_steps: ClassVar[bool] = False  # student_steps only says how it is sampled: `evaluate.steps`
     cfg: Any
     teacher: Any  # Denoiser or TokenModel, as `needs` says
     schedule: Schedule

@@ -12,7 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from diffdistill.data.images import to_uint8
 from diffdistill.denoiser import Denoiser, Runtime, guided
 from diffdistill.engine import Engine, Every
 from diffdistill.errors import writable
+from diffdistill.eval.records import evaluations, on_screen
 from diffdistill.method import Batch, Method, Needs, Sampler, TokenSampler
 from diffdistill.parts import autoregressive, ode
 from diffdistill.parts.lora import lora_copy
@@ -89,6 +90,7 @@ def execute(
     cfg.data.validate()
     loaded = load_teacher(teacher if teacher is not None else cfg.teacher.name)
     check_needs(cfg.method_name, needs, loaded)
+    further_samplers(cfg, loaded)  # refuses times that do not fall
     if main:
         _write_config(folder, cfg, provenance or {}, argv or sys.argv)
         (folder / "FAILED").unlink(missing_ok=True)
@@ -351,12 +353,28 @@ class averaged:
 def finish(
     cfg: RunConfig, engine: Engine, teacher: Teacher, folder: Path, argv: list[str]
 ) -> dict[str, Any] | None:
-    """Export the student and judge it. Returns the evaluation."""
-    student = export(cfg, engine, teacher, folder, argv)
-    print(f"student: {student}")
-    if cfg.evaluate.at_end and teacher.info.get("protocol"):
-        return judge(student, folder, engine, cfg.evaluate.n)
-    return None
+    """Export the student and judge it, with its own steps and with `evaluate.steps`.
+
+    Returns the evaluation with its own steps.
+    """
+    evaluation = None
+    for sampler in (None, *further_samplers(cfg, teacher)):
+        student = export(cfg, engine, teacher, folder, argv, sampler)
+        print(f"student: {student}")
+        if cfg.evaluate.at_end and teacher.info.get("protocol"):
+            made = judge(student, folder, engine, cfg.evaluate.n)
+            evaluation = evaluation or made
+    return evaluation
+
+
+def further_samplers(cfg: RunConfig, teacher: Teacher) -> list[Sampler | TokenSampler]:
+    """Those of `evaluate.steps`, but for the student's own number of steps."""
+    cls = get_method(cfg.method_name)
+    return [
+        cls(replace(cfg.method, student_steps=steps), teacher.denoiser).sampler()
+        for steps in sorted({*cfg.evaluate.steps})
+        if steps != cfg.method.student_steps  # type: ignore[attr-defined]
+    ]
 
 
 def _module(cfg: RunConfig, teacher: Teacher, folder: Path) -> nn.Module:
@@ -370,10 +388,18 @@ def _module(cfg: RunConfig, teacher: Teacher, folder: Path) -> nn.Module:
     return students[0] if len(students) == 1 else nn.ModuleList(students)
 
 
-def export(cfg: RunConfig, engine: Engine, teacher: Teacher, folder: Path, argv: list[str]) -> Path:
-    """Write the student folder with its averaged weights."""
-    info = student_info(cfg, engine, teacher, argv)
-    student = folder / "student"
+def export(
+    cfg: RunConfig,
+    engine: Engine,
+    teacher: Teacher,
+    folder: Path,
+    argv: list[str],
+    further: Sampler | TokenSampler | None = None,
+) -> Path:
+    """Write the student folder with its averaged weights: student/, or that of another sampler."""
+    sampler = further or engine.method.sampler()
+    info = student_info(cfg, engine, teacher, argv, sampler)
+    student = folder / (f"student_{info['steps']}step" if further else "student")
     with averaged(engine):
         nets = [d.net for d in student_networks(engine)]
         if teacher.family == "module":
@@ -388,21 +414,20 @@ def export(cfg: RunConfig, engine: Engine, teacher: Teacher, folder: Path, argv:
 
         if teacher.family == "tokens":
             return export_token_student(
-                student, teacher_pipe=teacher.pipe, net=nets[0], sampler=engine.method.sampler(),
-                info=info,
+                student, teacher_pipe=teacher.pipe, net=nets[0], sampler=sampler, info=info,
             )  # fmt: skip
         export_student(
             student, teacher_pipe=teacher.pipe, family=teacher.family,
-            weights=[net.backbone for net in nets], sampler=engine.method.sampler(), info=info,
+            weights=[net.backbone for net in nets], sampler=sampler, info=info,
         )  # fmt: skip
     return student
 
 
 def judge(student: Path, folder: Path, engine: Engine, n: int | None) -> dict[str, Any]:
     """Evaluate a student folder under its protocol and add the numbers to its card."""
-    out = folder / "eval" / f"step_{engine.step:06d}.json"
+    how = student.name.removeprefix("student")  # "", or that of a further sampler: "_4step"
+    out = folder / "eval" / f"step_{engine.step:06d}{how}.json"
     from diffdistill.eval.evaluate import evaluate
-    from diffdistill.eval.records import on_screen
     from diffdistill.pipelines.loading import load_pipeline
 
     generator = load_pipeline(student, device=str(engine.acc.device))
@@ -416,10 +441,13 @@ def judge(student: Path, folder: Path, engine: Engine, n: int | None) -> dict[st
 
 
 def student_info(
-    cfg: RunConfig, engine: Engine, teacher: Teacher, argv: list[str]
+    cfg: RunConfig,
+    engine: Engine,
+    teacher: Teacher,
+    argv: list[str],
+    sampler: Sampler | TokenSampler,
 ) -> dict[str, Any]:
     """What the student's diffdistill.json says."""
-    sampler = engine.method.sampler()
     steps, how = sampling_info(sampler)
     own = {k: teacher.info.get(k) for k in ("world", "protocol", "licence")}
     start = "diffdistill.distill: teacher" if teacher.family == "module" else "diffdistill train"
@@ -546,5 +574,5 @@ def _write_config(
 
 
 def _last_evaluation(folder: Path) -> dict[str, Any] | None:
-    files = sorted((folder / "eval").glob("step_*.json"))
-    return json.loads(files[-1].read_text()) if files else None
+    own = evaluations(folder)[0]
+    return own[max(own)] if own else None

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+FILE = re.compile(r"step_(\d+)(?:_(\d+)step)?")  # an evaluation in the eval/ of a run
 KEY = ("metric", "protocol", "feature_net", "resize", "n", "m", "reference")  # of comparability
 
 
@@ -54,3 +58,13 @@ def on_screen(records: Sequence[Mapping[str, Any]]) -> str:
         for r in records
     )
     return "\n".join(lines)
+
+
+def evaluations(run: Path) -> dict[int, dict[int, dict[str, Any]]]:
+    """Of a run folder: further count of student steps (0: its own) -> engine step -> evaluation."""
+    found: dict[int, dict[int, dict[str, Any]]] = {0: {}}
+    for file in sorted((run / "eval").glob("step_*.json")):
+        if named := FILE.fullmatch(file.stem):
+            of = found.setdefault(int(named[2] or 0), {})
+            of[int(named[1])] = json.loads(file.read_text())
+    return found

@@ -42,6 +42,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> P
             {
                 "name": run.name, "status": run.status, "verdict": verdicts[run.name],
                 "cost": run.cost, "records": run.records, "info": run.info,
+                "further": {k: made["records"] for k, made in run.further.items()},
             }
             for run in read
         ],

@@ -77,7 +77,8 @@ def _line(label: str, dots: Sequence[Record], **how: Any) -> Line:
 def _stars(runs: Sequence[Run], wanted: Sequence[Record]) -> list[Line]:
     """A star for every run that has numbers comparable to `wanted`: (x, y), or y over passes.
 
-    Runs of one method and teacher with different passes per image are joined.
+    Of y over passes, a run has one for each count of steps that it was sampled with; and runs of
+    one method and teacher with different passes per image are joined.
     """
     found = {}
     for i, run in enumerate(runs):
@@ -87,7 +88,10 @@ def _stars(runs: Sequence[Run], wanted: Sequence[Record]) -> list[Line]:
             label = run.name if taught is None else f"{run.name}, distilled at guidance {taught:g}"
             found[i] = Line(label, [(mine[0]["value"], mine[1]["value"])], i, star=True)
         elif len(mine) == len(wanted):
-            found[i] = _line(run.name, mine, colour=i, star=True)
+            more = [r for made in run.further.values() for r in made["records"]]
+            dots = [*mine, *(r for r in more if comparable(r, wanted[0]))]
+            dots.sort(key=lambda r: r["nfe"])
+            found[i] = _line(run.name, dots, colour=i, star=True)
     return list(found.values()) if len(wanted) == 2 else _joined(found, runs)
 
 
@@ -99,12 +103,13 @@ def _joined(lines: Mapping[int, Line], runs: Sequence[Run]) -> list[Line]:
     joined: list[Line] = []
     for (method, _), group in groups.items():
         group.sort(key=lambda line: line.points[0][0])
-        points = [p for line in group for p in line.points]
-        if len({passes for passes, _ in points}) < max(2, len(points)):
+        dots = [dot for line in group for dot in zip(line.points, line.texts, strict=True)]
+        points, texts = zip(*sorted(dots), strict=True)
+        if len(group) == 1 or len({passes for passes, _ in points}) < len(points):
             joined += group  # nothing to join, or several runs at one cost
         else:
-            texts = [t for line in group for t in line.texts]
-            joined.append(Line(str(method), points, group[0].colour, texts, star=True))
+            colour = group[0].colour
+            joined.append(Line(str(method), list(points), colour, list(texts), star=True))
     return joined
 
 

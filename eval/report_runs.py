@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffdistill.eval.records import evaluations
+
 Record = Mapping[str, Any]
 
 
@@ -23,6 +25,7 @@ class Run:
     log: list[dict[str, Any]]  # metrics.jsonl, one row per step
     damaged: int  # lines of metrics.jsonl that are not JSON
     evals: dict[int, dict[str, Any]]  # step -> evaluation
+    further: dict[int, dict[str, Any]]  # other count of student steps -> its newest evaluation
     samples: dict[int, Path]  # step -> grid of the student
     teacher_grid: Path | None
     config: str
@@ -75,6 +78,7 @@ def read_run(path: Path) -> Run:
     failed = path / "FAILED"
     status = "finished" if (path / "DONE").is_file() else "unfinished"
     grids = sorted((path / "samples").glob("teacher*.png"))
+    made = evaluations(path)
     return Run(
         path=path.resolve(),
         name=path.resolve().name,
@@ -83,7 +87,8 @@ def read_run(path: Path) -> Run:
         info=json.loads(info.read_text()) if info.is_file() else {},
         log=log,
         damaged=damaged,
-        evals={_step(p): json.loads(p.read_text()) for p in (path / "eval").glob("step_*.json")},
+        evals=made.pop(0),
+        further={count: of[max(of)] for count, of in made.items()},
         samples={_step(p): p for p in sorted((path / "samples").glob("student_*.png"))},
         teacher_grid=grids[0] if grids else None,
         config=_text(path / "config.yaml"),

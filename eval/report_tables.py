@@ -66,12 +66,14 @@ def comparison(protocol: str, teachers: Sequence[Row], runs: Sequence[Run]) -> s
 
 
 def _students(protocol: str, runs: Sequence[Run]) -> list[Row]:
-    """The newest evaluation of each run, if it was made under the protocol."""
+    """The newest evaluations of each run that were made under the protocol."""
     rows = []
     for run in runs:
-        found = [r for r in run.records if r["protocol"] == protocol]
-        extra = {"tasks": run.newest.get("tasks", {}), "kd_std": run.newest.get("kd_std")}
-        rows += [Row(run.name, found, **extra)] if found else []
+        more = {f"{run.name}, {counted(k)}": made for k, made in sorted(run.further.items())}
+        for label, made in ({run.name: run.newest} | more).items():
+            found = [r for r in made.get("records", []) if r["protocol"] == protocol]
+            extra = {"tasks": made.get("tasks", {}), "kd_std": made.get("kd_std")}
+            rows += [Row(label, found, **extra)] if found else []
     return rows
 
 

@@ -184,6 +184,7 @@ def plot(rows: Iterable[Row], path: Path) -> None:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
     marks, colours = "os^Dv<>Ph*", [f"C{i}" for i in range(10)]
+    named = [line.entry for line in students]
     for i, line in enumerate(students):
         mark, colour = marks[i // 10 % 10], colours[i % 10]
         for row in line.rows:
@@ -192,7 +193,8 @@ def plot(rows: Iterable[Row], path: Path) -> None:
             left.plot(thousands, fd, marker=mark, markersize=4, color=colour)
         low, high = min(line.of("fd")), max(line.of("fd"))
         right.plot([line.nfe] * 2, [low, high], color=colour)
-        right.plot(line.nfe, line.fd, mark, color=colour, label=line.entry)
+        several = f", {line.rows[0]['steps']}" if named.count(line.entry) > 1 else ""
+        right.plot(line.nfe, line.fd, mark, color=colour, label=line.entry + several)
     if teacher:
         cost, fd = zip(*((r["nfe"], r["metrics"]["fd"]) for r in teacher), strict=True)
         right.plot(cost, fd, "k--.", label=TEACHER)

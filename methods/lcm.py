@@ -47,6 +47,7 @@ class Config(MethodConfig):
 class LCM(Method):
     Config = Config
     paper = "Latent Consistency Models, arXiv 2310.04378"
+    any_steps = True
 
     @classmethod
     def needs(cls, cfg: Config) -> Needs:

@@ -66,6 +66,7 @@ class RCM(Method):
     paper = (
         "Diffusion Distillation via Score-Regularized Continuous-Time Consistency, arXiv 2510.08431"
     )
+    any_steps = True
 
     def __init__(self, cfg: Config, teacher: Denoiser):
         super().__init__(cfg, teacher)

@@ -64,6 +64,7 @@ class Config(consistency.ConsistencyConfig):
 class SanaSprint(Method):
     Config = Config
     paper = "SANA-Sprint: Continuous-Time Consistency Distillation, arXiv 2503.09641"
+    any_steps = True
 
     def __init__(self, cfg: Config, teacher: Denoiser):
         super().__init__(cfg, teacher)

@@ -63,6 +63,7 @@ class Config(ConsistencyConfig):
 class SCM(Method):
     Config = Config
     paper = "Simplifying, Stabilizing & Scaling Continuous-Time Consistency, arXiv 2410.11081"
+    any_steps = True
 
     def __init__(self, cfg: Config, teacher: Denoiser):
         super().__init__(cfg, teacher)

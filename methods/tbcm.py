@@ -61,6 +61,7 @@ class Config(consistency.ConsistencyConfig):
 class TBCM(Method):
     Config = Config
     paper = "Image-Free Timestep Distillation via Continuous-Time Consistency, arXiv 2511.20410"
+    any_steps = True
 
     def __init__(self, cfg: Config, teacher: Denoiser):
         super().__init__(cfg, teacher)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 import signal
 import threading
 from dataclasses import replace
@@ -38,7 +39,7 @@ set:
 entries:
   - {{name: dmd-3, method: dmd, steps: 3, set: {{method.ttur: 2, evaluate.every: 10}}}}
   - {{name: kd, method: kd, set: {{method.pairs: 100}}}}
-  - {{name: lcm-2, method: lcm, steps: 2}}
+  - {{name: lcm, method: lcm, steps: [2, 1, 3]}}
 """
 
 
@@ -127,8 +128,8 @@ def ran(world):
 def test_budgets_are_equal_within_one_step(ran):
     folder, facts = ran
     rows = facts["final"]
-    assert [r["entry"] for r in rows] == ["dmd-3", "kd", "lcm-2"]
-    most = {"dmd-3": 16 * 8, "kd": 16, "lcm-2": 16 * 3}  # passes of the dearest step
+    assert [r["entry"] for r in rows] == ["dmd-3", "kd", "lcm", "lcm", "lcm"]
+    most = {"dmd-3": 16 * 8, "kd": 16, "lcm": 16 * 3}  # passes of the dearest step
     for row in rows:
         assert 0 <= BUDGET - row["passes"] < most[row["entry"]], row["entry"]
     kd = rows[1]
@@ -147,8 +148,9 @@ def test_the_dry_run_says_what_the_runs_then_cost(ran, capsys):
         line = next(li for li in said.splitlines() if f" {row['entry']} seed 0" in li)
         assert f"{row['train_steps']} steps of 16, {row['passes']:,} passes" in line
         assert "finished" in line
-    assert call(folder, "--dry-run", "--only", "lcm-2") == 0
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert call(folder, "--dry-run", "--only", "lcm") == 0
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 2 and "tiny lcm seed 0: lcm, 2, 1, 3 student step(s), " in told[1]
 
 
 class Probe(Method):
@@ -221,7 +223,7 @@ def test_an_interrupted_league_continues_where_it_was(ran):
     assert facts["code"] == 130 and facts["again"] == facts["third"] == 0
     assert [r["entry"] for r in facts["rows"]] == ["dmd-3"]  # written as soon as it was finished
     assert facts["final"][0] == facts["rows"][0]
-    kd, lcm = facts["final"][1:]
+    kd, lcm = facts["final"][1:3]
     first = [*range(facts["rows"][0]["train_steps"]), *range(10)]
     assert facts["steps"] == first
     assert facts["rest"] == [*range(8, kd["train_steps"]), *range(lcm["train_steps"])]
@@ -250,18 +252,55 @@ def test_rows_hold_what_must_be_known(ran):
     assert list(passes) == sorted(passes) and fd[0] != fd[-1]
 
 
+def test_one_training_has_a_row_for_each_number_of_steps(ran):
+    folder, facts = ran
+    rows = facts["final"][2:]
+    assert [(r["entry"], r["steps"], r["nfe"]) for r in rows] == [
+        ("lcm", 2, 2), ("lcm", 1, 1), ("lcm", 3, 3),
+    ]  # fmt: skip
+    (run,) = (folder / "runs").glob("tiny-lcm-s0-*")
+    for row in rows:
+        own = row["steps"] == 2
+        name = "student" if own else f"student_{row['steps']}step"
+        info = json.loads((run / name / "diffdistill.json").read_text())
+        assert info["steps"] == row["steps"] == len(info["times"])
+        assert info["name"] == f"tiny-lcm-{row['steps']}step"
+        assert {r["metric"]: r["value"] for r in info["metrics"]} == row["metrics"]
+        file = f"step_{row['train_steps']:06d}{'' if own else name.removeprefix('student')}.json"
+        result = json.loads((run / "eval" / file).read_text())
+        assert row["metrics"]["fd"] == result["records"][0]["value"]
+        assert row["curve"] == [[row["passes"], row["metrics"]["fd"]]]
+    weights = [
+        (run / name / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+        for name in ("student", "student_1step", "student_3step")
+    ]
+    assert weights[0] == weights[1] == weights[2]
+    assert len({r["metrics"]["fd"] for r in rows}) == 3
+    for key in ("asked", "train_command", "passes", "images", "seconds", "peak_memory_gib"):
+        assert rows[0][key] == rows[1][key] == rows[2][key]
+    assert "evaluate.steps=[1, 3]" in shlex.split(rows[0]["train_command"])
+
+
 def test_wrong_budgets_and_stale_rows_are_noticed(ran, capsys, tmp_path):
     folder, facts = ran
-    name, rules = module.read(f"{folder}/tiny.yaml", ["lcm-2"])
+    name, rules = module.read(f"{folder}/tiny.yaml", ["lcm"])
     (job,) = module.plan(name, f"{folder}/tiny.yaml", rules, folder / "runs")
-    assert module.row_of(job) == facts["final"][2]
+    assert module.rows_of(job) == facts["final"][2:]
     with pytest.raises(RuntimeError, match="were counted before"):
-        module.row_of(replace(job, spent=(*job.spent[:-1], job.spent[-1] - 1)))
+        module.rows_of(replace(job, spent=(*job.spent[:-1], job.spent[-1] - 1)))
     assert "3 of 3 entries have a row" in said(folder / "tiny.yaml", folder, capsys)
     text = (folder / "tiny.yaml").read_text()
-    for edited in (text.replace("batch_size: 16", "batch_size: 8"), text.replace("1700", "1701")):
+    for edited, left in (
+        (text.replace("batch_size: 16", "batch_size: 8"), 0), (text.replace("1700", "1701"), 0),
+        (text.replace("[2, 1, 3]", "[2, 1]"), 2),
+    ):  # fmt: skip
         (tmp_path / "tiny.yaml").write_text(edited)
-        assert "0 of 3 entries have a row" in said(tmp_path / "tiny.yaml", folder, capsys)
+        assert f"{left} of 3 entries have" in said(tmp_path / "tiny.yaml", folder, capsys)
+    (tmp_path / "tiny.yaml").write_text(text)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tiny.json").write_text(json.dumps(facts["final"][:-1]))
+    table = said(tmp_path / "tiny.yaml", tmp_path, capsys)
+    assert "2 of 3 entries have a row\nwithout one: lcm seed 0" in table  # 3 steps are missing
 
 
 def said(file, folder, capsys):
@@ -285,7 +324,7 @@ def test_a_partial_table_at_any_moment(ran, capsys, tmp_path):
     assert cli.main(argv) == 0
     said = capsys.readouterr().out
     assert "| `dmd-3` | `dmd` | 3 | 3 | 1 |" in said
-    assert "tiny: 1 of 3 entries have a row\nwithout one: kd seed 0, lcm-2 seed 0\n" in said
+    assert "tiny: 1 of 3 entries have a row\nwithout one: kd seed 0, lcm seed 0\n" in said
     assert cli.main([*argv[:3], f"{tmp_path}/none", "--rows"]) == 0
     assert capsys.readouterr().out.startswith("tiny: 0 of 3 entries have a row")
 
@@ -375,6 +414,10 @@ def test_merging_replaces_the_entrys_own_row_only(monkeypatch):
     assert after[0]["teacher_files"] == {"unet": "w"}
     assert after[0]["command"] == "python -m diffdistill.eval.protocols --rows shapes-sd"
     assert [r["entry"] for r in module.merged([], row("z", 1.0))] == ["teacher", "z"]
+    both = module.merged([row("z", 1.0), row("z", 2.0, steps=4)], row("z", 3.0, steps=4))
+    assert [r["metrics"]["fd"] for r in both[1:]] == [1.0, 3.0]
+    again = module.merged(both, row("z", 4.0, asked="a2"))
+    assert [r["metrics"]["fd"] for r in again[1:]] == [4.0]
 
 
 def test_table_best_first_with_seeds_together():
@@ -554,9 +597,18 @@ def test_shipped_leagues_compose(name):
     methods = set()
     for entry in rules.entries:
         _, cfg = module.settings(rules, entry, name)
-        assert cfg.teacher.name == name and getattr(cfg.method, "student_steps", 1) == entry.steps
-        methods.add((cfg.method_name, entry.steps))
-    assert {("dmd", 1), ("dmd", 2), ("dmd", 4), ("lcm", 4), ("kd", 1)} <= methods
+        first, *further = entry.counts
+        assert cfg.teacher.name == name and getattr(cfg.method, "student_steps", 1) == first
+        assert list(cfg.evaluate.steps) == further
+        end = {"shapes-sd": 999, "fashion-edm": 80, "shapes-dit": 1}.get(name, 0)  # of its times
+        assert (getattr(cfg.method, "conditioning_time", None) or 0) <= end
+        methods |= {(cfg.method_name, count) for count in entry.counts}
+    every = {("dmd", 1), ("dmd", 2), ("dmd", 4), ("lcm", 4), ("kd", 1)}
+    wanted = {
+        "shapes-dit": {*every - {("lcm", 4), ("kd", 1)}, ("scm", 4)},
+        "fashion-ar": {("dd1", 1), ("dd1", 2), ("dd2", 1), ("independent", 1)},
+    }
+    assert wanted.get(name, every) <= methods
 
 
 ONE = "entries: [{name: a, method: lcm, steps: 2}]\n"
@@ -574,6 +626,12 @@ GOOD = "teachers: [{folder}/tiny]\nbudget: 100_000\n"
         (GOOD + "entries: [{name: a/b, method: lcm}]", "entry name 'a/b'"),
         (GOOD + "entries: [{name: a, method: lcm}, {name: a, method: kd}]", "once each"),
         (GOOD + "entries: [{name: a, method: lcm, teachers: [x]}]", "names teacher 'x'"),
+        (GOOD + "entries: [{name: a, method: dmd, steps: [1, 2]}]", "take any number: lcm, rcm"),
+        (GOOD + "entries: [{name: a, method: kd, steps: [1, 2]}]", "take any number: lcm, rcm"),
+        (GOOD + "entries: [{name: a, method: lcm, steps: [2, 2]}]", "has steps [2, 2]. Allowed"),
+        (GOOD + "entries: [{name: a, method: lcm, steps: [1, 51]}]", "'a': evaluate.steps=[51]: m"),
+        (GOOD + "entries: [{name: a, method: lcm, steps: two}]", "has steps 'two'. Allowed"),
+        (GOOD + "set: {evaluate.steps: [3]}\n" + ONE, "it follows from `steps`"),
         (GOOD + "set: {train.steps: 3}\n" + ONE, "train.steps cannot be set; it follows from `bu"),
         (GOOD + "set: {train.stepz: 3}\n" + ONE, "entry 'a': Key 'stepz' not in 'TrainConfig'"),
         (GOOD + "set: {method.solver_steps: 1}\n" + ONE, "entry 'a': method.student_steps=2"),

@@ -288,6 +288,41 @@ def test_several_runs_share_one_table(tmp_path, teacher):
     assert "From the same noise · one" in text and "From the same noise · two" in text
 
 
+def with_steps(path, **fds):
+    """`path` with evaluations at further numbers of steps, whose files sort behind its own."""
+    for count, fd in fds.items():
+        k = int(count.removeprefix("k"))
+        made = evaluation(fd, 0.9, steps=k, nfe=k)
+        (path / "eval" / f"step_001000_{k}step.json").write_text(json.dumps(made))
+    return path
+
+
+def test_further_numbers_of_steps_are_rows_and_points(tmp_path, teacher, sheets):
+    path = with_steps(fake_run(tmp_path / "any"), k4=3.5, k2=7.5)
+    other = fake_run(tmp_path / "other", fd=30.0)
+    run = read_run(path)
+    assert sorted(run.evals) == [0, 500, 1000] and run.newest["steps"] == 1
+    page = write_report([path])
+    said = json.loads((page.parent / "report.json").read_text())["runs"][0]
+    assert said["verdict"].startswith("1 step: FD 12.35") and said["records"][0]["steps"] == 1
+    assert {k: made[0]["value"] for k, made in said["further"].items()} == {"2": 7.5, "4": 3.5}
+    lines = page.read_text().split('<tr class="student">')[1:4]
+    found = [re.findall(r"<t[hd]>(.*?)</t[hd]>", line)[:5] for line in lines]
+    assert found == [
+        ["any <i>student</i>", "1", "1", "0", "12.35"],
+        ["any, 2 steps <i>student</i>", "2", "2", "0", "7.50"],
+        ["any, 4 steps <i>student</i>", "4", "4", "0", "3.50"],
+    ]
+    want = ([(1, 12.3456), (2, 7.5), (4, 3.5)], ["1", "2", "4"])
+    assert points(sheets[0][0], "any") == want
+    sheets.clear()
+    drawn_for([path, other])  # both have one step: not joined
+    assert points(sheets[0][0], "any") == want and points(sheets[0][0], "other")[0] == [(1, 30.0)]
+    sheets.clear()
+    drawn_for([path, with_steps(other, k8=2.0)])
+    assert points(sheets[0][0], "other")[0] == [(1, 30.0), (8, 2.0)]
+
+
 def test_wrong_runs_of_one_name_are_told_apart(tmp_path, teacher):
     runs = [fake_run(tmp_path / "one" / "q"), fake_run(tmp_path / "two" / "q", fd=30.0)]
     page = write_report([*runs, runs[0]], tmp_path / "both")
