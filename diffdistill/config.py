@@ -339,9 +339,21 @@ def to_yaml(cfg: RunConfig) -> str:
 
 
 def fingerprint(cfg: RunConfig) -> str:
-    """Hash of what must not change between a run and its continuation."""
-    values = asdict(cfg)
-    return _hash({section: values[section] for section in IDENTITY})[:16]
+    """Hash of what must not change between a run and its continuation.
+
+    Settings at their defaults are left out: a new option does not part a run from its past.
+    """
+    plain = RunConfig(
+        method=type(cfg.method)(), optim={role: OptimConfig() for role in cfg.optim},
+        ema={name: EmaConfig() for name in cfg.ema},
+    )  # fmt: skip
+    usual = dict(leaves(asdict(plain)))
+    chosen = {
+        key: value
+        for key, value in leaves(asdict(cfg))
+        if key.partition(".")[0] in IDENTITY and (key not in usual or value != usual[key])
+    }
+    return _hash(chosen | {"ema": sorted(cfg.ema)})[:16]
 
 
 def _hash(values: Mapping) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import pytest
 import yaml
@@ -205,6 +205,19 @@ def test_the_fingerprint_ignores_what_does_not_decide_the_student():
     assert fingerprint(compose([*PROBE, *same, "report=false"])[0]) == base
     for change in ("train.seed=1", "method.gan_weight=1", "optim.default.lr=1", "data.size=7"):
         assert fingerprint(compose([*PROBE, change])[0]) != base
+    more = compose([*PROBE, "ema.slow.kind=decay"])[0]
+    assert fingerprint(more) != base  # a further average
+
+
+def test_a_new_option_leaves_the_fingerprint_as_it_was():
+    @dataclass
+    class Wider(ProbeConfig):
+        later: float = 3.0
+
+    cfg, _ = compose([*PROBE, "method.gan_weight=1"])
+    wider = replace(cfg, method=Wider(gan_weight=1.0))
+    assert fingerprint(wider) == fingerprint(cfg)
+    assert fingerprint(replace(cfg, method=Wider(gan_weight=1.0, later=2.0))) != fingerprint(cfg)
 
 
 def test_a_resolved_config_reloads(tmp_path):
