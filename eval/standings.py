@@ -25,6 +25,7 @@ NAMES = {
     "accuracy": "class accuracy",
 }  # fmt: skip
 SAME = ("teacher_weights", "budget")  # of all students in a table
+SCORES = ("geneval", "accuracy")  # drawn besides FD
 LEFT_OUT = ("precision", "density")  # of the tables, not of the files
 
 
@@ -172,42 +173,47 @@ def _places(value: float) -> int:
 
 
 def plot(rows: Iterable[Row], path: Path) -> None:
-    """FD against training passes and against passes per image, of the largest group, as PNG."""
+    """The largest group as PNG: FD over training time, FD and the other headline over passes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     group = max(groups(rows), key=len)
-    ranked = lines(group)
-    students = [line for line in ranked if line.method != TEACHER]
+    students = [line for line in lines(group) if line.method != TEACHER]
     teacher = sorted((r for r in group if r["method"] == TEACHER), key=lambda r: r["nfe"])
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    scores = [m for m in ("fd", *SCORES) if any(m in r["metrics"] for r in group)]
+    figure = Figure(figsize=(4.4 * (1 + len(scores)) + 1.4, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True)
+    left, *panels = figure.subplots(1, 1 + len(scores))
     marks, colours = "os^Dv<>Ph*", [f"C{i}" for i in range(10)]
     named = [line.entry for line in students]
     for i, line in enumerate(students):
-        mark, colour = marks[i // 10 % 10], colours[i % 10]
+        look = {"marker": marks[i // 10 % 10], "color": colours[i % 10]}
         for row in line.rows:
-            passes, fd = zip(*row["curve"], strict=True)
-            thousands = [p / 1000 for p in passes]
-            left.plot(thousands, fd, marker=mark, markersize=4, color=colour)
-        low, high = min(line.of("fd")), max(line.of("fd"))
-        right.plot([line.nfe] * 2, [low, high], color=colour)
+            minutes = [p / row["passes"] * row["seconds"] / 60 for p, _ in row["curve"]]
+            left.plot(minutes, [fd for _, fd in row["curve"]], markersize=5, **look)
         several = f", {line.rows[0]['steps']}" if named.count(line.entry) > 1 else ""
-        right.plot(line.nfe, line.fd, mark, color=colour, label=line.entry + several)
-    if teacher:
-        cost, fd = zip(*((r["nfe"], r["metrics"]["fd"]) for r in teacher), strict=True)
-        right.plot(cost, fd, "k--.", label=TEACHER)
-        left.axhline(fd[-1], color="k", linestyle="--", linewidth=1)
-    left.set(xlabel="training passes, thousands", ylabel="FD", yscale="log")
-    right.set(xlabel="passes per image", xscale="log")
+        for axes, score in zip(panels, scores, strict=True):
+            if values := line.of(score):
+                axes.plot([line.nfe] * 2, [min(values), max(values)], color=look["color"])
+                label = line.entry + several if score == scores[0] else None
+                axes.plot(line.nfe, statistics.fmean(values), label=label, ls="", **look)
     ticks = sorted({r["nfe"] for r in group})
-    right.set_xticks(ticks, map(str, ticks), minor=False)
-    right.minorticks_off()
+    for axes, score in zip(panels, scores, strict=True):
+        known = [(r["nfe"], r["metrics"][score]) for r in teacher if score in r["metrics"]]
+        if known:
+            label = TEACHER if score == scores[0] else None
+            axes.plot(*zip(*known, strict=True), "k--.", label=label)
+        axes.set(xlabel="passes per image", ylabel=NAMES[score], xscale="log")
+        axes.set_xticks(ticks, map(str, ticks), minor=False)
+        axes.minorticks_off()
+    if teacher:
+        left.axhline(teacher[-1]["metrics"]["fd"], color="k", linestyle="--", linewidth=1)
+    left.set(xlabel="training, minutes", ylabel=NAMES["fd"], yscale="log", xlim=(0, None))
+    panels[0].set(yscale="log")
     title = "{teacher}, {budget:,} network passes of training, {protocol}, n = {n}"
     figure.suptitle(title.format_map(group[0]))
     figure.legend(loc="outside right upper", fontsize=8)
-    for axes in (left, right):
+    for axes in (left, *panels):
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
