@@ -217,5 +217,5 @@ def plot(rows: Iterable[Row], path: Path) -> None:
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
-    figure.savefig(aside, format="png", dpi=90)
+    figure.savefig(aside, format="png", dpi=75)
     aside.replace(path)
