@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from diffdistill import config, run
 from diffdistill.registry import get_method
-from diffdistill.teachers import embedded, load_teacher, resolve
+from diffdistill.teachers import load_teacher, resolve
 
 GOLDEN = Path(__file__).parent / "golden"
 STEPS = 10
@@ -58,8 +58,6 @@ def test_first_losses(recipe, tmp_path, sample_of_fashion):
     small = (*SMALL, *MORE.get(recipe, ()), f"run.root={tmp_path}")
     cfg, _ = config.compose([f"recipe={recipe}", *small])
     cls = get_method(cfg.method_name)
-    if cfg.teacher.name == "shapes-dit" and "shapes-dit" not in embedded():
-        pytest.skip("the weights of shapes-dit are not there yet")
     teacher = load_teacher(cfg.teacher.name)
     acc = Accelerator(cpu=True)
     engine = run.build(cfg, cls, cls.needs(cfg.method), teacher, tmp_path, acc)
