@@ -18,7 +18,7 @@ _TIE = 1e-10
 
 
 def prdc(
-    real: np.ndarray, fake: np.ndarray, k: int = 5, *, strict: bool = True, chunk: int = 64
+    real: np.ndarray, fake: np.ndarray, k: int = 5, *, strict: bool = True, chunk: int = 128
 ) -> dict[str, float]:
     """precision, recall, density, coverage of `fake` [N, d] against `real` [M, d].
 
