@@ -82,6 +82,7 @@ def evaluate(
         )
     conditions, info = rules.conditions(n), generator.info
     groups, within, left_out = _split(rules, groups, conditions, metrics is None)
+    needed = registry.needed([*groups, *within])
     made = {"protocol": name if n == rules.n else f"{name}/n={n}"}
     if samples is not None:
         asked = [name, conditions, steps, guidance, {**info, "metrics": None}]
@@ -94,7 +95,7 @@ def evaluate(
         return generator.sample(part, list(rows), steps=steps, guidance=guidance)
 
     def look(rows: range, images: Tensor) -> dict[str, np.ndarray]:
-        return _look(net, [*groups, *within], rows, conditions[rows.start : rows.stop], images)
+        return _look(net, needed, conditions[rows.start : rows.stop], images)
 
     seen = walk(n, draw, look, samples, accelerator)
     if accelerator is not None and not accelerator.is_main_process:
@@ -102,15 +103,17 @@ def evaluate(
     given = seen.arrays | {
         "mu": reference.mu, "sigma": reference.cov, "m": reference.m, "real": reference.features
     }  # fmt: skip
-    if "geneval" in groups:
-        given["tags"] = [shapes.scene(i, "test").record["tag"] for i in range(n)]
+    if "text" in needed:
+        given["text"] = net.text(conditions)
+    if "tags" in needed:
+        given["tags"] = [shapes.record_of(caption)["tag"] for caption in conditions]
     values, extra = registry.measure(groups, given)
     repeated = rules.repeated(conditions) if within else []
     prompts = [conditions[i] for i in repeated]
     some = {"features": seen.arrays["features"][repeated], "groups": prompts} if within else {}
     values |= registry.measure(within, some)[0]
     if "geneval" in groups:
-        extra["verdicts"] = _shown(seen.first)
+        extra["verdicts"] = _shown(conditions, seen.first)
     k = steps or info["steps"]
     shared = {
         "protocol": made["protocol"],
@@ -306,40 +309,37 @@ def _config(part: Any) -> dict[str, Any]:
 # ---- metrics ----------------------------------------------------------------------------
 
 
-def _look(
-    net: Any, groups: list[str], rows: range, conditions: list, images: Tensor
-) -> dict[str, np.ndarray]:
+def _look(net: Any, needed: set[str], conditions: list, images: Tensor) -> dict[str, np.ndarray]:
     """All that the metrics need to know of some samples: name -> float64 [B, ...]."""
-    found, needed = {}, registry.needed(groups)
-    if "features" in needed:
+    found = {}
+    if needed & {"features", "right"}:
         found["features"] = net.features(images)
-    if "text" in needed:
-        found["text"] = net.text(conditions)
     if "right" in needed:
-        found["right"] = (net.predict(images) == torch.tensor(conditions)).double().numpy()
+        classes = net.classes(found["features"])
+        found["right"] = (classes == torch.tensor(conditions)).double().numpy()
     if "correct" in needed:
-        found["correct"] = np.array([float(v.correct) for _, v in verdicts(rows, images)])
+        found["correct"] = np.array([float(v.correct) for _, v in verdicts(conditions, images)])
     return found
 
 
-def verdicts(rows: range, images: Tensor) -> list[tuple[dict[str, Any], geneval.Verdict]]:
-    """(record of the scene, verdict) of pictures of test scenes."""
+def verdicts(captions: list[str], images: Tensor) -> list[tuple[dict[str, Any], geneval.Verdict]]:
+    """(record of the caption, verdict) of pictures of the world `shapes`."""
     limit = shapes_detector.THRESHOLD
-    records = [shapes.scene(i, "test").record for i in rows]
+    records = [shapes.record_of(caption) for caption in captions]
     return [
         (record, geneval.verdict(record, found, threshold=limit, counting_threshold=limit))
         for record, found in zip(records, shapes_detector.detect(images), strict=True)
     ]
 
 
-def _shown(first: Tensor) -> list[dict[str, Any]]:
+def _shown(captions: list[str], first: Tensor) -> list[dict[str, Any]]:
     """Verdicts of the first pictures, as they stand in the file."""
     return [
         {
             "index": i, "prompt": r["prompt"], "tag": r["tag"], "correct": v.correct,
             "reason": v.reason,
         }
-        for i, (r, v) in enumerate(verdicts(range(len(first[:SHOWN])), first[:SHOWN]))
+        for i, (r, v) in enumerate(verdicts(captions[: len(first[:SHOWN])], first[:SHOWN]))
     ]  # fmt: skip
 
 

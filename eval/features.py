@@ -55,11 +55,13 @@ class ShapesClip:
 
     @exact()
     def text(self, prompts: list[str], batch: int = 512) -> np.ndarray:
-        """Text embeddings, not normalised: float64 [N, d]."""
+        """Text embeddings, not normalised: float64 [N, d]. Equal prompts are read once."""
+        row = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         ids = self.tokenizer(
-            prompts, padding="max_length", truncation=True, return_tensors="pt"
+            list(row), padding="max_length", truncation=True, return_tensors="pt"
         ).input_ids
-        return torch.cat([self.model.encode_text(p).double() for p in ids.split(batch)]).numpy()
+        found = torch.cat([self.model.encode_text(p).double() for p in ids.split(batch)])
+        return found[[row[prompt] for prompt in prompts]].numpy()
 
 
 class FashionClassifier(nn.Module):
@@ -89,10 +91,14 @@ class FashionClassifier(nn.Module):
         parts = [self.body(part.float() / 127.5 - 1).double() for part in images.split(batch)]
         return torch.cat(parts).numpy()
 
-    @exact()
-    def predict(self, images: Tensor, batch: int = 500) -> Tensor:
+    def predict(self, images: Tensor) -> Tensor:
         """Class of uint8 [N, 1, 28, 28]: int64 [N]."""
-        return torch.cat([self(p.float() / 127.5 - 1).argmax(1) for p in images.split(batch)])
+        return self.classes(self.features(images))
+
+    @exact()
+    def classes(self, features: np.ndarray) -> Tensor:
+        """Class of images whose features [N, 64] are known: int64 [N]."""
+        return self.head(torch.from_numpy(features).float()).argmax(1)
 
     @exact()
     def confidence(self, images: Tensor, batch: int = 500) -> Tensor:

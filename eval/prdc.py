@@ -18,7 +18,7 @@ _TIE = 1e-10
 
 
 def prdc(
-    real: np.ndarray, fake: np.ndarray, k: int = 5, *, strict: bool = True, chunk: int = 256
+    real: np.ndarray, fake: np.ndarray, k: int = 5, *, strict: bool = True, chunk: int = 128
 ) -> dict[str, float]:
     """precision, recall, density, coverage of `fake` [N, d] against `real` [M, d].
 
@@ -31,22 +31,23 @@ def prdc(
         )
     x, y = _centred(real, fake)
     radius_x, radius_y = _nearest(x, k + 1, chunk), _nearest(y, k + 1, chunk)
-    tie = 1 + _TIE if strict else 1 - _TIE
+    less, tie = (torch.lt, 1 + _TIE) if strict else (torch.le, 1 - _TIE)
     norm_x, norm_y = (tie * f.square().sum(1) for f in (x, y))
     holders = torch.zeros(len(y), dtype=torch.int64)  # real balls that hold this fake
-    recalled, covered = [], []
+    nearest, margin = [], []  # of every real: its nearest fake; how far from a fake's ball
     for i in range(0, len(x), chunk):
         part = slice(i, i + chunk)
         d = torch.addmm(norm_y, x[part], y.T, alpha=-2).add_(norm_x[part, None])
-        inside = d < radius_x[part, None] if strict else d <= radius_x[part, None]
-        holders += inside.sum(0)
-        covered.append(inside.any(1))
-        recalled.append((d < radius_y if strict else d <= radius_y).any(1))
+        holders += less(d, radius_x[part, None]).sum(0, dtype=torch.int32)
+        nearest.append(d.amin(1))
+        margin.append(d.sub_(radius_y).amin(1))
+    covered = less(torch.cat(nearest), radius_x)
+    recalled = less(torch.cat(margin), torch.zeros(()))
     return {
         "precision": (holders > 0).double().mean().item(),
-        "recall": torch.cat(recalled).double().mean().item(),
+        "recall": recalled.double().mean().item(),
         "density": holders.double().mean().item() / k,
-        "coverage": torch.cat(covered).double().mean().item(),
+        "coverage": covered.double().mean().item(),
     }
 
 

@@ -76,7 +76,7 @@ PROTOCOLS = {
         metrics=(*AGAINST_REAL, "clip", "geneval", *WITHIN_A_PROMPT),
         labels="captions of test scenes 0..n-1, six tasks in turn",
         net=ShapesClip,
-        conditions=lambda n: [shapes.scene(i, "test").caption for i in range(n)],
+        conditions=lambda n: [shapes.caption(i, "test") for i in range(n)],
         real=_shapes_real,
         repeats=8,
     ),

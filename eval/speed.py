@@ -5,6 +5,9 @@ plain loop calls the bare networks, with the same passes, backward passes, clipp
 steps on the same tensors; it has no engine, data stream, average, skip check, log or denoiser
 interface. The two run in interleaved pairs, and the median of the pairs' ratios is reported.
 
+evaluation: time of `evaluate` without the sampling / what its networks and the detector take alone,
+on the same images in the same chunks; and the same against the image features alone.
+
 This is the one module of `eval` that knows the engine: it measures it.
 """
 
@@ -15,8 +18,9 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -24,6 +28,8 @@ from torch import Tensor
 from diffdistill import runtime
 from diffdistill.data.stream import TensorStream
 from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.eval import protocols, shapes_detector
+from diffdistill.eval.evaluate import CHUNK, evaluate
 from diffdistill.method import Batch
 from diffdistill.registry import get_method
 from diffdistill.schedules import bcast, student_times
@@ -53,16 +59,7 @@ def overhead(
     for side in sides:  # warm-up; also creates the optimizers' state
         side()
     before = engine.passes, plain_passes()
-    wall: list[list[float]] = [[], []]
-    cpu: list[list[float]] = [[], []]
-    for pair in range(pairs):
-        for i in (0, 1) if pair % 2 == 0 else (1, 0):
-            started, used = time.perf_counter(), time.process_time()
-            sides[i]()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            wall[i].append(time.perf_counter() - started)
-            cpu[i].append(time.process_time() - used)
+    wall, cpu = _times(sides, pairs)
     passes = engine.passes - before[0], plain_passes() - before[1]
     ratios = sorted(a / b for a, b in zip(*wall, strict=True))
     return {
@@ -70,7 +67,7 @@ def overhead(
         "teacher": name,
         "ratio": round(statistics.median(ratios), 4),
         "quartiles": [round(ratios[len(ratios) // 4], 4), round(ratios[-1 - len(ratios) // 4], 4)],
-        "cpu_ratio": round(statistics.median(a / b for a, b in zip(*cpu, strict=True)), 4),
+        "cpu_ratio": _ratio(*cpu),
         "engine_ms": round(1000 * statistics.median(wall[0]), 2),
         "plain_ms": round(1000 * statistics.median(wall[1]), 2),
         "engine_passes": passes[0] // pairs,  # network evaluations of samples, per cycle
@@ -79,6 +76,64 @@ def overhead(
         "runtime": asdict(chosen), "threads": torch.get_num_threads(), "device": str(device),
         "torch": torch.__version__,
     }  # fmt: skip
+
+
+def evaluation(name: str, *, n: int = 10_000, pairs: int = 3) -> dict:
+    """`evaluate` under a protocol, its pipeline an array of real images; `pairs` are triples."""
+    rules = protocols.get(name)
+    net, conditions, real = rules.net(), rules.conditions(n), rules.real("test")
+    images = real[torch.arange(n) % len(real)]
+    pipe = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+    drawn = SimpleNamespace(
+        pipe=pipe, info={"protocol": name, "steps": 1}, nfe=lambda *how: 1,
+        sample=lambda conditions, rows, **how: images[rows],
+    )  # fmt: skip
+
+    def features() -> None:
+        for part in images.split(CHUNK):
+            net.features(part)
+
+    def extraction() -> None:
+        features()
+        if "clip" in rules.metrics:
+            net.text(conditions)
+        if "geneval" in rules.metrics:
+            for part in images.split(CHUNK):
+                shapes_detector.detect(part)
+
+    sides = [lambda: evaluate(drawn, n=n), extraction, features]
+    wall, cpu = _times(sides, pairs)
+    return {
+        "benchmark": "evaluation", "protocol": name, "n": n, "pairs": pairs,
+        "ratio": _ratio(*wall[:2]), "cpu_ratio": _ratio(*cpu[:2]),
+        "features_ratio": _ratio(wall[0], wall[2]), "features_cpu_ratio": _ratio(cpu[0], cpu[2]),
+        "cpu_s": dict(zip(
+            ("evaluate", "extraction", "features"),
+            (round(statistics.median(side), 2) for side in cpu), strict=True,
+        )),
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def _times(
+    sides: Sequence[Callable[[], object]], rounds: int
+) -> tuple[list[list[float]], list[list[float]]]:
+    """(wall, CPU) seconds of every side in every round; the order of the sides alternates."""
+    wall: list[list[float]] = [[] for _ in sides]
+    cpu: list[list[float]] = [[] for _ in sides]
+    for k in range(rounds):
+        for i in range(len(sides))[:: 1 if k % 2 == 0 else -1]:
+            started, used = time.perf_counter(), time.process_time()
+            sides[i]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            wall[i].append(time.perf_counter() - started)
+            cpu[i].append(time.process_time() - used)
+    return wall, cpu
+
+
+def _ratio(a: list[float], b: list[float]) -> float:
+    return round(statistics.median(x / y for x, y in zip(a, b, strict=True)), 4)
 
 
 def _teacher(name: str) -> tuple[Denoiser, Cond, float]:
@@ -217,10 +272,12 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m diffdistill.eval.speed", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("benchmark", choices=["overhead"])
+    parser.add_argument("benchmark", choices=["overhead", "evaluation"])
     parser.add_argument("--teacher", default="shapes-sd", help="shapes-sd, fashion-edm or tiny")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--pairs", type=int, help="rounds; default: 20, of evaluation 3")
+    parser.add_argument("--protocol", default="shapes-v1", help="of evaluation")
+    parser.add_argument("--n", type=int, default=10_000, help="images of evaluation")
     parser.add_argument("--ttur", type=int, default=1, help="fake-score updates per student update")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
     parser.add_argument("--threads", type=int, default=0, help="0: all cores of this process")
@@ -230,10 +287,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     torch.set_num_threads(args.threads or cores)
     try:
-        result = overhead(
-            args.teacher, batch=args.batch, pairs=args.pairs, ttur=args.ttur,
-            precision=args.precision,
-        )  # fmt: skip
+        if args.benchmark == "evaluation":
+            result = evaluation(args.protocol, n=args.n, pairs=args.pairs or 3)
+        else:
+            result = overhead(
+                args.teacher, batch=args.batch, pairs=args.pairs or 20, ttur=args.ttur,
+                precision=args.precision,
+            )  # fmt: skip
     except ValueError as error:
         parser.exit(2, f"diffdistill: {error}\n")
     print(json.dumps(result))

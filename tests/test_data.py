@@ -136,6 +136,13 @@ def test_captions_say_what_the_record_says():
     assert tags[:6] == list(shapes.TASKS) and tags == list(shapes.TASKS) * 100
 
 
+@pytest.mark.parametrize("split", shapes.SPLITS)
+def test_a_caption_is_that_of_its_scene(split):
+    rows = range(60)
+    scenes = [shapes.scene(i, split) for i in rows]
+    assert [shapes.caption(i, split) for i in rows] == [scene.caption for scene in scenes]
+
+
 def test_scenes_show_exactly_what_the_record_says():
     for i in range(600):
         scene = shapes.scene(i)

@@ -726,6 +726,19 @@ def test_the_benchmark_prints_one_json_line(capsys):
     assert stop.value.code == 2 and "unknown teacher 'tinny'" in capsys.readouterr().err
 
 
+def test_the_benchmark_of_evaluation_counts_all_but_the_sampling(capsys):
+    n = 60
+    speed.main(["evaluation", "--n", str(n), "--pairs", "1", "--threads", "1"])
+    result = json.loads(capsys.readouterr().out)
+    spent = result["cpu_s"]
+    assert (result["protocol"], result["n"], result["pairs"]) == ("shapes-v1", n, 1)
+    assert 0 < spent["features"] < spent["extraction"] < spent["evaluate"]
+    assert 1 < result["cpu_ratio"] < result["features_cpu_ratio"]
+    with pytest.raises(SystemExit) as stop:
+        speed.main(["evaluation", "--protocol", "shapes-v2"])
+    assert stop.value.code == 2 and "Did you mean 'shapes-v1'" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_overhead():
     """The bar is 1.03 on the shipped teachers; this looser one holds on a busy machine too."""

@@ -238,6 +238,8 @@ def test_the_clip_knows_which_caption_is_whose():
     scenes = [shapes.scene(i, "test") for i in range(300)]
     image, text = net.features(shapes.render(scenes)), net.text([s.caption for s in scenes])
     assert image.dtype == text.dtype == np.float64 and image.shape == text.shape == (300, 96)
+    few = [scenes[i].caption for i in (5, 0, 5, 3, 0)]  # each is read once, and stands where asked
+    assert len({*few}) == 3 and np.allclose(net.text(few), text[[5, 0, 5, 3, 0]], rtol=0, atol=1e-5)
     rng = np.random.default_rng(0)
     wrong = net.text([shapes.altered_caption(s.record, rng) for s in scenes])
     right, altered = ((image * t).sum(1) / np.linalg.norm(t, axis=1) for t in (text, wrong))

@@ -42,8 +42,8 @@ class Net:
     def text(self, prompts):
         return np.array([[p % 7, p % 5, 1, 0, p % 3, 2] for p in prompts], np.float64)
 
-    def predict(self, images):
-        return images.flatten(1).sum(1) % 10
+    def classes(self, features):
+        return torch.from_numpy(features).abs().sum(1).mul(10).long() % 10
 
 
 class Stub:

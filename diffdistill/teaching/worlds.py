@@ -162,12 +162,12 @@ def _right_pictures(teacher: Teacher, settings: Settings, count: int = 60) -> st
     """GenEval of a few captions that the protocol does not use."""
     from diffdistill.eval.evaluate import verdicts
 
-    rows = range(3000, 3000 + count)
-    cond = teacher.encode([shapes.scene(i, "test").caption for i in rows])
+    captions = [shapes.caption(3000 + i, "test") for i in range(count)]
+    cond = teacher.encode(captions)
     noise = torch.randn(count, *teacher.denoiser.shape, generator=torch.Generator().manual_seed(0))
     denoise, schedule = guided(teacher.denoiser, settings["guidance"]), teacher.denoiser.schedule
     x = ode.ddim(denoise, schedule, noise, cond, settings["steps"])
-    right = [v.correct for _, v in verdicts(rows, teacher.to_images(x))]
+    right = [v.correct for _, v in verdicts(captions, teacher.to_images(x))]
     by_task = ", ".join(f"{t} {np.mean(right[k::6]):.2f}" for k, t in enumerate(shapes.TASKS))
     return f"right pictures of {count}: {np.mean(right):.3f} ({by_task})"
 
