@@ -102,7 +102,10 @@ def shapes_dit(settings: Settings, folder: Path, accelerator: Accelerator, train
     second, third = silent_text_encoders(len(tokenizer), tokenizer.model_max_length, width)
     base.vae.register_to_config(shift_factor=0.0)  # SD3 pipelines add it, None fails
     torch.manual_seed(0)
-    transformer = _transformer(settings["transformer"], width)
+    if settings["start"]:  # another leg
+        transformer = load_teacher(settings["start"]).pipe.transformer
+    else:
+        transformer = _transformer(settings["transformer"], width)
     pipe = StableDiffusion3Pipeline(
         transformer=transformer, vae=base.vae, text_encoder=text, tokenizer=tokenizer,
         text_encoder_2=second, tokenizer_2=tokenizer, text_encoder_3=third, tokenizer_3=tokenizer,
