@@ -154,8 +154,12 @@ def _store(
 
 
 def save_pipeline(pipe: DiffusionPipeline, folder: Path) -> None:
-    """`save_pretrained`, with the files that transformers 4 reads a CLIPTokenizer from."""
+    """`save_pretrained`, as transformers 4 reads it, and without the folders parts came from."""
     pipe.save_pretrained(folder)
+    for file in Path(folder).rglob("config.json"):
+        config = json.loads(file.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2) + "\n")
     for name, part in pipe.components.items():
         if isinstance(part, CLIPTokenizer) and not (folder / name / "vocab.json").exists():
             part.backend_tokenizer.model.save(str(folder / name))

@@ -200,6 +200,13 @@ def test_schedulers_without_fresh_noise_draw_the_same_images(teacher, tmp_path, 
         assert f"eta={sampler.eta:g}" in card and f"| eta | {sampler.eta} |" in card
 
 
+def test_no_config_says_where_a_part_was_loaded_from(teacher, tmp_path):
+    teacher.vae.register_to_config(_name_or_path="/home/someone/vae")
+    folder = export(teacher, tmp_path / "student", Sampler((599.0,)))
+    assert len(list(folder.rglob("config.json"))) == 3
+    assert not any("/home/someone" in f.read_text() for f in folder.rglob("*.json"))
+
+
 def test_the_tokenizer_has_the_files_of_transformers_4(teacher, tmp_path):
     folders = [export(teacher, tmp_path / "student", Sampler((599.0,))), path("teachers")]
     for folder in (f.parent for root in folders for f in root.rglob("tokenizer.json")):

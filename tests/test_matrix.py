@@ -28,10 +28,8 @@ OPTIONS = {
     "slimflow": {"width": 1.0, "reflow_steps": 2, "anneal_steps": 1},
     "swiftbrush": {"lora_layers": "all"},
 }
-METHODS = [
-    name for name in method_names()
-    if (cls := get_method(name)).needs(cls.Config()).teacher == "denoiser"
-]  # fmt: skip
+SHIPPED = [n for n in method_names() if get_method(n).__module__.startswith("diffdistill.")]
+METHODS = [n for n in SHIPPED if get_method(n).needs(get_method(n).Config()).teacher == "denoiser"]
 
 
 def bright(x, t, prompts):

@@ -206,7 +206,7 @@ def test_teaching_a_world_of_scenes_has_bars(name, monkeypatch, shown, tmp_path)
     monkeypatch.setattr(worlds, "_repeated", stop)
     monkeypatch.setattr(worlds, "_transformer", lambda *_: torch.nn.Linear(1, 1))
     settings = {"scenes": 4, "clip": {}, "base": "shapes-sd", "transformer": {}, "shift": 1.0}
-    settings["task_weights"] = [1] * 6
+    settings |= {"task_weights": [1] * 6, "start": None}
     if name == "shapes_dit":
         blank = Teacher("t", "sd3", torch.nn.Linear(1, 1), *[lambda given: given] * 3)
         load = worlds.load_teacher

@@ -109,5 +109,5 @@ def test_wrong_rows_of_another_reference_share_no_table(monkeypatch):
     rows[2] = copy.deepcopy(rows[2])
     rows[2]["records"][1]["reference"] = "another"
     monkeypatch.setattr(tables, "teacher_rows", lambda name: rows * (name == "shapes-v1"))
-    with pytest.raises(ValueError, match="kd of teacher `shapes-sd` under shapes-v1 cannot be"):
+    with pytest.raises(ValueError, match="kd of teacher `shapes-dit` under shapes-v1 cannot be"):
         tables.results()
