@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -405,7 +406,9 @@ def rows_of(job: Job) -> list[dict[str, Any]]:
         "processes": cost["processes"],
         "trained_on": cost["device"],
         "command": f"diffdistill league {job.config} --only {job.entry.name}",
-        "train_command": info["command"],
+        "train_command": shlex.join(
+            word for word in shlex.split(info["command"]) if not word.startswith("run.")
+        ),
         "versions": lock["versions"],
     }
     return [
