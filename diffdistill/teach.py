@@ -82,7 +82,7 @@ def teach(arguments: dict[str, str]) -> None:
         raise ValueError(unknown("teach recipe", name, names("teach")) + ". Give recipe=NAME")
     recipe = OmegaConf.load(config_folder("teach") / f"{name}.yaml")
     for key, value in arguments.items():
-        if OmegaConf.select(recipe, key) is None:
+        if OmegaConf.select(recipe, key, default="???") == "???":  # null is a value
             raise ValueError(f"{key} is not in teach recipe {name}. It has: {', '.join(recipe)}")
         OmegaConf.update(recipe, key, OmegaConf.create(f"v: {value}").v)
     settings = OmegaConf.to_container(recipe)

@@ -410,3 +410,13 @@ def test_the_recipe_makes_a_pipeline(tmp_path):
     assert generator.info["family"] == "sd3" and generator.info["protocol"] == "shapes-v1"
     assert generator.sample(PROMPTS[:1], [0]).shape == (1, 3, 32, 32)
     assert "shapes-dit" in (out / "README.md").read_text()
+
+
+def test_settings_that_are_null_can_be_given(monkeypatch, tmp_path):
+    from diffdistill.teaching import worlds
+
+    monkeypatch.setattr(worlds, "shapes_dit", lambda settings, *_: settings["start"])
+    teach.teach({"recipe": "shapes-dit", "out": str(tmp_path), "start": "FOLDER"})
+    assert '"start": "FOLDER"' in (tmp_path / "recipe.json").read_text()
+    with pytest.raises(ValueError, match="strat is not in teach recipe shapes-dit"):
+        teach.teach({"recipe": "shapes-dit", "out": str(tmp_path), "strat": "FOLDER"})
