@@ -341,7 +341,8 @@ def to_yaml(cfg: RunConfig) -> str:
 def fingerprint(cfg: RunConfig) -> str:
     """Hash of what must not change between a run and its continuation.
 
-    Settings at their defaults are left out: a new option does not part a run from its past.
+    Settings at their defaults are left out: a new option does not part a run from its past. Nor
+    does a default that changes between two versions; the config.yaml of the run has the old one.
     """
     plain = RunConfig(
         method=type(cfg.method)(), optim={role: OptimConfig() for role in cfg.optim},
