@@ -338,11 +338,24 @@ def to_yaml(cfg: RunConfig) -> str:
     return yaml.safe_dump(json.loads(json.dumps(asdict(cfg))), sort_keys=False)
 
 
+def differences(earlier: RunConfig, now: RunConfig) -> list[str]:
+    """What must not change between a run and its continuation, but does: "key=old, now new"."""
+    old, new = (
+        {k: v for k, v in leaves(yaml.safe_load(to_yaml(c))) if k.partition(".")[0] in IDENTITY}
+        for c in (earlier, now)
+    )
+    return [
+        f"{key}={old.get(key)}, now {new.get(key)}"
+        for key in (*new, *(k for k in old if k not in new))
+        if old.get(key) != new.get(key)
+    ]
+
+
 def fingerprint(cfg: RunConfig) -> str:
     """Hash of what must not change between a run and its continuation.
 
     Settings at their defaults are left out: a new option does not part a run from its past. Nor
-    does a default that changes between two versions; the config.yaml of the run has the old one.
+    does a default that changes between two versions; `differences` sees that.
     """
     plain = RunConfig(
         method=type(cfg.method)(), optim={role: OptimConfig() for role in cfg.optim},

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from diffdistill import runtime
 from diffdistill.card import write_card
 from diffdistill.checkpoint import Checkpoints
-from diffdistill.config import RunConfig, compose, fingerprint, to_yaml
+from diffdistill.config import RunConfig, compose, differences, fingerprint, to_yaml
 from diffdistill.data import fashion, prepare, shapes
 from diffdistill.data.images import to_uint8
 from diffdistill.denoiser import Denoiser, Runtime, guided
@@ -70,13 +70,8 @@ def execute(
 ) -> Result:
     """Train (or continue), export, evaluate, report. `teacher` overrides cfg.teacher.name."""
     folder = writable(Path(cfg.run.root) / (cfg.run.name or "run"), "run.root=DIR")
+    refuse_another_run(folder, cfg)
     if (folder / "DONE").is_file():
-        earlier, _ = compose([f"recipe={folder / 'config.yaml'}"])
-        if fingerprint(earlier) != fingerprint(cfg):
-            raise ValueError(
-                f"{folder} holds a finished run with other settings. Set another run.name, or "
-                "remove it."
-            )
         print(f"{folder} is finished; remove it or set run.name to train again")
         module = (
             _module(cfg, load_teacher(teacher), folder) if isinstance(teacher, Denoiser) else None
@@ -133,6 +128,20 @@ def execute(
     finally:
         if tracker is not None:
             tracker.close()
+
+
+def refuse_another_run(folder: Path, cfg: RunConfig) -> None:
+    """A folder with a finished or begun run is continued with that run's settings only."""
+    finished, config = (folder / "DONE").is_file(), folder / "config.yaml"
+    begun = finished or any((folder / "checkpoints").glob("step_*"))
+    if not (begun and config.is_file()):
+        return
+    earlier, _ = compose([f"recipe={config}"])
+    if changed := differences(earlier, cfg):
+        raise ValueError(
+            f"{folder} holds a {'finished' if finished else 'begun'} run with other settings "
+            f"({', '.join(changed)}). Set another run.name, or remove it."
+        )
 
 
 def build(
@@ -559,7 +568,9 @@ def set_threads(threads: int, accelerator: Accelerator) -> None:
 def _write_config(
     folder: Path, cfg: RunConfig, provenance: Mapping[str, str], argv: list[str]
 ) -> None:
-    (folder / "config.yaml").write_text(to_yaml(cfg))
+    aside = folder / "config.yaml.partial"
+    aside.write_text(to_yaml(cfg))
+    aside.replace(folder / "config.yaml")
     versions = {}
     for name in PACKAGES:
         try:

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -238,11 +237,13 @@ def test_recipes_say_their_command():
 
 
 def test_listing_takes_about_two_seconds():
-    seconds = []
+    seconds = []  # of processor time: other tests run beside this one
     for _ in range(3):
-        start = time.perf_counter()
+        before = os.times()
         assert run("list", "methods").returncode == 0
-        seconds.append(time.perf_counter() - start)
+        after = os.times()
+        spent = after.children_user + after.children_system
+        seconds.append(spent - before.children_user - before.children_system)
     assert min(seconds) < 4, seconds  # 1.5 s on an idle core
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 import pytest
 import yaml
 
-from diffdistill import config
+from diffdistill import config, run
 from diffdistill.config import compose, fingerprint, leaves, names, to_yaml
 from diffdistill.method import Method, MethodConfig
 from diffdistill.registry import register_method
@@ -207,6 +207,34 @@ def test_the_fingerprint_ignores_what_does_not_decide_the_student():
         assert fingerprint(compose([*PROBE, change])[0]) != base
     more = compose([*PROBE, "ema.slow.kind=decay"])[0]
     assert fingerprint(more) != base  # a further average
+
+
+@pytest.mark.parametrize("state", ["finished", "begun", "empty"])
+def test_a_run_is_continued_with_its_own_settings_only(tmp_path, state):
+    (tmp_path / "config.yaml").write_text(to_yaml(compose(PROBE)[0]))
+    if state == "finished":
+        (tmp_path / "DONE").touch()
+    elif state == "begun":
+        (tmp_path / "checkpoints" / "step_000004").mkdir(parents=True)
+    run.refuse_another_run(tmp_path, compose([*PROBE, "report=false"])[0])
+    other = compose([*PROBE, "train.batch_size=3"])[0]
+    if state == "empty":
+        run.refuse_another_run(tmp_path, other)
+        return
+    told = rf"{state} run .*train.batch_size=\d+, now 3\)\. Set another run.name"
+    with pytest.raises(ValueError, match=told):
+        run.refuse_another_run(tmp_path, other)
+
+
+def test_a_default_that_changed_is_another_setting(tmp_path):
+    cfg = compose(PROBE)[0]
+    usual = type(cfg.train)().max_skipped
+    assert cfg.train.max_skipped == usual
+    text = to_yaml(cfg).replace(f"max_skipped: {usual}", f"max_skipped: {usual + 1}")
+    (tmp_path / "config.yaml").write_text(text)  # as an older version wrote its default
+    (tmp_path / "DONE").touch()
+    with pytest.raises(ValueError, match=f"max_skipped={usual + 1}, now {usual}"):
+        run.refuse_another_run(tmp_path, cfg)
 
 
 def test_a_new_option_leaves_the_fingerprint_as_it_was():
