@@ -52,6 +52,7 @@ class Config(FeedbackConfig):
     pair_steps: int = 0  # solver steps of each; 0: the teacher's default; DMD: 18 to 256
     gan: float = 0.0  # weight of the student's GAN loss; DMD2: 3e-3
     gan_critic: float = 1e-2  # weight of the discriminator's loss; DMD2
+    gan_t_high: float = 1.0  # end of the GAN's times, as a share of the grid (DMD2: code)
     gan_feature_source: Literal["fake_trainable", "teacher_frozen"] = "fake_trainable"
     t_low: float = 0.02  # range of the matching times, as a share of the grid; the fake score
     t_high: float = 0.98  # trains on 0.02 more at both ends
@@ -61,6 +62,8 @@ class Config(FeedbackConfig):
         super().validate()
         check_student_input(self.student_input, self.student_steps)
         check_times(self.t_low, self.t_high)
+        if not 0 < self.gan_t_high <= 1:
+            raise ValueError(f"method.gan_t_high={self.gan_t_high}. Allowed: 0 < gan_t_high <= 1")
         if self.regression > 0 and self.student_steps > 1:
             raise ValueError("method.regression trains one step; set method.student_steps=1")
         if self.regression_concat and (self.regression == 0 or self.ttur != 1):
@@ -143,8 +146,8 @@ class DMD(Method):
         return losses
 
     def logits(self, x, cond):
-        """T at a fresh time over the full grid, with fresh noise."""
-        t = uniform_times(self.schedule, x)
+        """T at a fresh time, over the full grid by default, with fresh noise."""
+        t = uniform_times(self.schedule, x, high=self.cfg.gan_t_high)
         z = add_noise(self.schedule, x, torch.randn_like(x), t)
         frozen = self.cfg.gan_feature_source == "teacher_frozen"
         return self.discriminator(

@@ -153,6 +153,22 @@ def test_6_the_fake_score_trains_a_little_beyond_the_matching_times(monkeypatch,
     assert (drawn[0].min(), drawn[0].max()) == want
 
 
+def test_6_the_end_of_the_times_of_the_gan(monkeypatch):
+    seen = []
+    draw = uniform_times
+    monkeypatch.setattr(
+        dmd, "uniform_times", lambda *given, **k: seen.append(draw(*given, **k)) or seen[-1]
+    )
+    engine = make(gan=1.0, gan_t_high=0.3)
+    batch = engine.stream.batch(0, 0, range(8), 8)
+    for _ in range(200):
+        engine.method.logits(torch.zeros(8, *engine.method.teacher.shape), batch.cond)
+    drawn, grid = torch.cat(seen), engine.method.schedule.grid()
+    assert drawn.min() == grid[0] and drawn.max() == grid[round(0.3 * len(grid))]
+    with pytest.raises(ValueError, match=r"gan_t_high=0.0. Allowed"):
+        dmd.Config(gan_t_high=0.0).validate()
+
+
 def test_7_update_counts():
     engine = make(steps=50, ttur=5)
     engine.fit()
