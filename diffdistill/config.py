@@ -37,7 +37,7 @@ from diffdistill.runtime import PrecisionConfig
 
 PARTS = ("teacher", "data", "method")
 # what decides the student: a run cannot be continued with other values of these
-IDENTITY = (*PARTS, "method_name", "train", "optim", "ema", "student", "precision")
+IDENTITY = (*PARTS, "method_name", "train", "optim", "ema", "lora", "precision")
 
 
 @dataclass
@@ -56,11 +56,6 @@ class RunSection:
 @dataclass
 class TeacherConfig:
     name: str = MISSING  # embedded name, folder, or hub id
-
-
-@dataclass
-class StudentConfig:
-    lora_rank: int = 0  # 0: every parameter is trained
 
 
 @dataclass
@@ -94,7 +89,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: dict[str, OptimConfig] = field(default_factory=dict)  # role, or "default"
     ema: dict[str, EmaConfig] = field(default_factory=lambda: {"default": EmaConfig()})
-    student: StudentConfig = field(default_factory=StudentConfig)
+    lora: dict[str, int] = field(default_factory=dict)  # rank by role; without: all is trained
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
@@ -122,6 +117,8 @@ class RunConfig:
                 )
         for key, ema in self.ema.items():
             _check(f"ema.{key}.value", ema.value, EMA_RULES[ema.kind])
+        for role, rank in self.lora.items():
+            _check(f"lora.{role}", rank, "0 or more")
         self._check_further()
 
     def _check_further(self) -> None:
@@ -151,7 +148,7 @@ ALLOWED = {
 }
 RULES = {
     "train.steps": "1 or more", "train.batch_size": "1 or more", "train.micro_batch": "0 or more",
-    "train.max_skipped": "1 or more", "student.lora_rank": "0 or more",
+    "train.max_skipped": "1 or more",
     "checkpoint.every": "0 or more", "checkpoint.keep": "1 or more", "log.every": "1 or more",
     "log.samples_every": "0 or more", "evaluate.n": "2 or more", "evaluate.every": "0 or more",
     "threads": "0 or more",

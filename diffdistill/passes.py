@@ -54,7 +54,7 @@ def dry_engine(cfg: RunConfig, teacher: Teacher, accelerator: Accelerator) -> En
         made.size, denoiser.shape, made.cond, x=made.x, pairs=pairs, prompts=made.prompts,
         device=accelerator.device,
     )  # fmt: skip
-    roles = make_roles(method, denoiser, cfg.student.lora_rank)
+    roles = make_roles(method, denoiser, cfg.lora)
     for module in roles.values():
         module.to(accelerator.device)
     method.attach(roles)

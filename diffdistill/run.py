@@ -170,7 +170,7 @@ def build(
     probe = stream.batch(0, 0, range(per_process), cfg.train.batch_size)
     chosen = chosen_runtime(cfg, teacher.denoiser, probe, folder, accelerator)
     runtime.apply(teacher.denoiser, chosen)
-    roles = make_roles(method, teacher.denoiser, cfg.student.lora_rank)
+    roles = make_roles(method, teacher.denoiser, cfg.lora)
     for module in roles.values():
         module.to(device)
     method.attach(roles)
@@ -186,20 +186,36 @@ def build(
 
 
 def make_roles(
-    method: Method, teacher: Denoiser | TokenModel, lora_rank: int = 0
+    method: Method, teacher: Denoiser | TokenModel, lora: Mapping[str, int] | None = None
 ) -> dict[str, nn.Module]:
-    """Build every trained network as the method asks for it."""
-    if lora_rank and isinstance(teacher, TokenModel):
+    """Build every trained network as the method asks for it.
+
+    lora: ranks of adapters that are trained in place of whole networks, by role; "student" is
+        every student. An adapted copy of the teacher shares its storage.
+    """
+    inits = method.roles()
+    ranks = {role: rank for role, rank in (lora or {}).items() if rank}
+    if unknown := ranks.keys() - inits.keys() - {"student"}:
         raise ValueError(
-            f"student.lora_rank={lora_rank}: students of autoregressive teachers have new layers, "
-            "so there is no adapter form. Set student.lora_rank=0"
+            f"lora.{min(unknown)}: there is no such network. Allowed: {', '.join(inits)}"
+        )
+    if ranks and isinstance(teacher, TokenModel):
+        raise ValueError(
+            f"lora={ranks}: networks of autoregressive teachers get new layers, so there is no "
+            "adapter form. Leave it out"
         )
     roles: dict[str, nn.Module] = {}
-    for name, init in method.roles().items():
+    for name, init in inits.items():
         own = None if isinstance(init, str) else init(teacher)
-        if lora_rank and name in method.students:
+        rank = ranks.get(name) or (ranks.get("student") if name in method.students else None)
+        if rank:
             base = teacher if own is None else own
-            roles[name] = lora_copy(base, lora_rank, lora_rank, "attention", gaussian=True)
+            if not isinstance(base, Denoiser) or getattr(base, "trainable_names", None):
+                raise ValueError(
+                    f"lora.{name}={rank}: this method builds that network itself, not as a copy "
+                    f"of the teacher. Set lora.{name}=0"
+                )
+            roles[name] = lora_copy(base, rank, rank, "attention", gaussian=True)
         else:
             roles[name] = teacher.clone() if own is None else own
     return roles
@@ -389,7 +405,7 @@ def further_samplers(cfg: RunConfig, teacher: Teacher) -> list[Sampler | TokenSa
 def _module(cfg: RunConfig, teacher: Teacher, folder: Path) -> nn.Module:
     """The student of a module teacher as it was saved; several experts: a ModuleList."""
     method = get_method(cfg.method_name)(cfg.method, teacher.denoiser)
-    roles = make_roles(method, teacher.denoiser, cfg.student.lora_rank)
+    roles = make_roles(method, teacher.denoiser, cfg.lora)
     for name in method.students:
         file = folder / "student" / f"{name}.safetensors"
         roles[name].net.load_state_dict(load_file(file))
@@ -533,7 +549,7 @@ def launched() -> Accelerator:
                 f"this launch asks for {kind} ({flag}), but networks are not sharded here: every "
                 "process holds all of them whole. Launch with `accelerate launch --multi_gpu` or "
                 "torchrun (a saved answer of `accelerate config` may say otherwise). For less "
-                "memory set student.lora_rank or a smaller train.micro_batch"
+                "memory set lora.student and lora.fake_score, or a smaller train.micro_batch"
             )
     asked = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if asked != "1":

@@ -27,7 +27,7 @@ Guidance is fixed (paper: random). Not published are the weights of the losses, 
 of each stage, the levels a_d, the late steps of the feedback, and how noise is perturbed, which is
 taken as one more normal number per channel. Feedback and consistency train the same weights (paper:
 two adapters, merged). The feedback of an instance segmenter (SOLO on COCO's masks) is left out.
-LoRA is student.lora_rank.
+LoRA is lora.student.
 """
 
 from dataclasses import dataclass

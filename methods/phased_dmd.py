@@ -10,7 +10,7 @@ Subintervals", arXiv 2510.27684.
     fake score:   min(1, 10 b^2) w(t) |D_fake(z_t) - target(x_s, eps)|^2, from the teacher's weights
                   at the start of each phase
 
-Neither real images nor a GAN. Experts share the teacher's storage with student.lora_rank. A
+Neither real images nor a GAN. Experts share the teacher's storage with lora.student. A
 teacher of several experts is one denoiser that routes by time; its copy, the fake score, then
 holds as many.
 

@@ -118,8 +118,8 @@ class SlimFlow(Method):
         super().attach(roles)
         if getattr(self.student, "trainable_names", None) is not None:
             raise ValueError(
-                "student.lora_rank adapts a trained network, but method slimflow trains a whole "
-                "one. Set student.lora_rank=0"
+                "lora.student adapts a trained network, but method slimflow trains a whole "
+                "one. Leave it out"
             )
 
     def updates(self):

@@ -12,7 +12,7 @@ Distillation", arXiv 2312.05239. Dao et al., "SwiftBrush v2", arXiv 2408.14176. 
                  the whole batch gets the null condition in one update of ten
 
 v2: init=FOLDER of a student or of another teacher (SD-Turbo); one run with the CLIP loss and
-student.lora_rank, one without; then init=A merge=B. PG-SB: guidance=0.5 guidance_max=4.
+lora.student, one without; then init=A merge=B. PG-SB: guidance=0.5 guidance_max=4.
 
 Deviations: the noise levels of other schedules enter the weights in variance-preserving units; the
 CLIP weight falls to 0 in ten steps, not continuously (v2 does not give the shape); PG-SB draws one

@@ -262,7 +262,7 @@ def test_methods_and_teachers_of_different_kinds_are_told_apart(world, tmp_path)
     cfg, where = compose(settings(world, tmp_path, "method=kd"))
     with pytest.raises(ValueError, match=r"'kd' distils denoiser teachers .*family 'tokens'"):
         run.execute(cfg, where)
-    cfg, where = compose(settings(world, tmp_path, "method=dd1", "student.lora_rank=4"))
+    cfg, where = compose(settings(world, tmp_path, "method=dd1", "lora.student=4"))
     with pytest.raises(ValueError, match="no adapter form"):
         run.execute(cfg, where)
 

@@ -300,7 +300,7 @@ def test_the_yaml_of_a_run_is_plain(tmp_path):
         (["ema.default.value=1"], ["ema.default.value is 1.0", "less than 1"]),
         (["log.every=0"], ["log.every is 0"]),
         (["evaluate.n=1"], ["evaluate.n is 1", "2 or more"]),
-        (["student.lora_rank=-1"], ["student.lora_rank is -1"]),
+        (["lora.student=-1"], ["lora.student is -1"]),
         (["method.gan_weight=-1"], ["method.gan_weight is -1.0"]),
         (["data.size=0"], ["data.size"]),
         (

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from diffdistill.method import Method, MethodConfig
+from diffdistill.registry import get_method
 from diffdistill.run import make_roles
 from diffdistill.teachers import load_teacher
 from diffdistill.testing import tiny_denoiser
@@ -13,7 +14,7 @@ def with_rank(teacher, rank):
     class Mine(Method):
         pass
 
-    return make_roles(Mine(MethodConfig(), teacher), teacher, lora_rank=rank)["student"]
+    return make_roles(Mine(MethodConfig(), teacher), teacher, {"student": rank})["student"]
 
 
 def test_a_students_adapter_is_where_and_as_diffusers_has_it():
@@ -33,7 +34,7 @@ def test_a_students_adapter_is_where_and_as_diffusers_has_it():
 
 def test_an_adapter_needs_attention():
     pytest.importorskip("peft", reason="peft is not installed")
-    with pytest.raises(ValueError, match=r"no layers for LoRA \(attention\).*student.lora_rank=0"):
+    with pytest.raises(ValueError, match=r"no layers for LoRA \(attention\).*Leave lora"):
         with_rank(tiny_denoiser(), 2)
 
 
@@ -51,7 +52,7 @@ def test_an_adapter_shares_the_storage_of_the_network_that_it_sits_on(start):
         def roles(self):
             return {"student": "teacher" if start == "teacher" else lambda _: base}
 
-    student = make_roles(Mine(MethodConfig(), teacher), teacher, lora_rank=2)["student"]
+    student = make_roles(Mine(MethodConfig(), teacher), teacher, {"student": 2})["student"]
     stored = {p.data_ptr() for p in base.parameters()}
     named = dict(student.named_parameters())
     frozen = [p for n, p in named.items() if n not in student.trainable_names]
@@ -64,3 +65,41 @@ def test_an_adapter_shares_the_storage_of_the_network_that_it_sits_on(start):
         torch.testing.assert_close(student(z, t, cond), base(z, t, cond))
         if start == "own":
             assert not torch.equal(student(z, t, cond), teacher(z, t, cond))
+
+
+def test_adapters_of_all_copies_share_the_teachers_storage():
+    """Teacher, student and fake score in the memory of one and a little (design: <= 1.15)."""
+    pytest.importorskip("peft", reason="peft is not installed")
+    teacher = load_teacher("shapes-sd").denoiser
+    one = sum(p.numel() for p in teacher.parameters())
+    roles = make_roles(
+        get_method("dmd")(get_method("dmd").Config(gan=1e-3), teacher), teacher,
+        {"student": 4, "fake_score": 4},
+    )  # fmt: skip
+    held = {
+        p.data_ptr(): p.numel()
+        for module in (teacher, roles["student"], roles["fake_score"])
+        for p in module.parameters()
+    }
+    assert one < sum(held.values()) <= 1.15 * one
+    student, fake = (
+        {p.data_ptr() for n, p in roles[r].named_parameters() if "lora_" in n}
+        for r in ("student", "fake_score")
+    )
+    assert student and fake and not student & fake
+
+
+@pytest.mark.parametrize(
+    ("name", "lora", "told"),
+    [
+        ("dmd", {"fake": 4}, r"lora\.fake: there is no such network. Allowed: student, fake_score"),
+        ("swiftbrush", {"fake_score": 4}, r"lora\.fake_score=4: this method builds that network"),
+    ],
+)
+def test_what_cannot_be_adapted_is_refused(name, lora, told):
+    pytest.importorskip("peft", reason="peft is not installed")
+    teacher = load_teacher("shapes-sd").denoiser
+    method = get_method(name)(get_method(name).Config(), teacher)
+    with pytest.raises(ValueError, match=told):
+        make_roles(method, teacher, lora)
+    make_roles(method, teacher, dict.fromkeys(lora, 0))  # no adapter is no claim

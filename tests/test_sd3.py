@@ -348,7 +348,7 @@ def test_experts_take_turns(teacher, tmp_path):
 def test_methods_train_from_the_folder_to_a_student(folder, tmp_path, method):
     """A score method and one with a JVP, through the public path; LoRA with the first."""
     options = {
-        "dmd": {"method__guidance": 2.0, "method__gan": 1e-3, "student__lora_rank": 2},
+        "dmd": {"method__guidance": 2.0, "method__gan": 1e-3, "lora__student": 2},
         "scm": {"method__frequency": 1000.0, "method__student_steps": 2},
     }[method]
     result = dd.distill(

@@ -40,8 +40,8 @@ def lora_copy(
     found = [n for n, m in place.named_modules() if isinstance(m, kinds) and n.endswith(ends)]
     if not found:
         raise ValueError(
-            f"the network has no layers for LoRA ({layers}). Of a student: set student.lora_rank="
-            "0. Of a fake score: set method.lora_layers=all, or method.lora_rank=0 for a full copy"
+            f"the network has no layers for LoRA ({layers}). Leave lora.ROLE out; of "
+            "swiftbrush: set method.lora_layers=all, or method.lora_rank=0 for a full copy"
         )
     config = LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=list(ends) or found,

@@ -420,7 +420,7 @@ def test_the_recipe_trains_and_its_cost_is_known_before(tmp_path, monkeypatch, w
         "train.steps=2", "train.batch_size=4", "data.size=12", "precision.dtype=fp32",
         "precision.attention=default", "precision.channels_last=off", "threads=1",
         "method.group=2", "method.draws=1", "method.student_steps=2", f"run.root={tmp_path}",
-        *(["student.lora_rank=2"] if world == "shapes" else []),
+        *(["lora.student=2"] if world == "shapes" else []),
     ]  # fmt: skip
     cfg, _ = config.compose([f"recipe=crd_{world}", *small])
     teacher, acc = load_teacher(cfg.teacher.name), Accelerator(cpu=True)

@@ -702,7 +702,7 @@ def test_the_recipe_trains_with_everything_on(tmp_path):
         "train.steps=3", "train.batch_size=4", "data.size=12", "precision.dtype=fp32",
         "precision.attention=default", "precision.channels_last=off", "threads=1",
         "method.rl_start=0", "method.ttur=1", "method.rl_ratio=1", "method.reward=shapes_verdict",
-        "method.threshold=-1", "student.lora_rank=2", f"run.root={tmp_path}",
+        "method.threshold=-1", "lora.student=2", f"run.root={tmp_path}",
     ]  # fmt: skip
     cfg, _ = config.compose(["recipe=flash_dmd_shapes", *small])
     needs = flash_dmd.FlashDMD.needs(cfg.method)

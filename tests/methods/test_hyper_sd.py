@@ -398,7 +398,7 @@ def test_the_last_stage_is_dmd_from_the_student_of_a_run(tmp_path):
     """The student that a run leaves is where DMD with feedback starts; its fake score is not."""
     small = [
         "train.steps=2", "train.batch_size=4", "data.size=12", "precision.dtype=fp32", "threads=1",
-        "precision.attention=default", "precision.channels_last=off", "student.lora_rank=0",
+        "precision.attention=default", "precision.channels_last=off", "lora.student=0",
     ]  # fmt: skip
     teacher, acc = load_teacher("shapes-sd"), Accelerator(cpu=True)
 

@@ -584,8 +584,8 @@ def test_an_adapter_is_refused():
     pytest.importorskip("peft", reason="peft is not installed")
     teacher = load_teacher("shapes-sd").denoiser
     made = slimflow.SlimFlow(slimflow.Config(), teacher)
-    with pytest.raises(ValueError, match=r"Set student\.lora_rank=0"):
-        made.attach(make_roles(made, teacher, lora_rank=2))
+    with pytest.raises(ValueError, match=r"lora.student adapts"):
+        made.attach(make_roles(made, teacher, {"student": 2}))
 
 
 def test_reflow_and_flow_map_agree_on_time():
