@@ -185,7 +185,7 @@ class Engine:
 
     def _micro_batch(self) -> int:
         world, size = self.acc.num_processes, self.cfg.batch_size
-        micro = self.cfg.micro_batch or size // world
+        micro = self.cfg.micro_batch or max(1, size // world)
         if size % (world * micro):
             raise ValueError(
                 f"train.batch_size={size} is not a multiple of processes x micro_batch = "
@@ -232,10 +232,10 @@ class Engine:
         if self.tracker is not None:
             self.tracker.rewind(self.step)
         if self.step == 0:
-            for callback in callbacks:
-                if callback.at_start:
-                    callback.fn(self)
-            self.earlier_passes = -self.passes  # probing and pictures are not training
+            self._call([c for c in callbacks if c.at_start])
+            self.earlier_passes -= self.passes  # nor is probing
+        else:
+            self._call(self._due(callbacks))  # the end of the earlier process may have cut them off
         previous = self._listen()
         bar = tqdm(
             total=self.cfg.steps, initial=self.step, unit="step", dynamic_ncols=True,
@@ -256,21 +256,29 @@ class Engine:
                     mean, since = {}, (self.step, self.seconds)
                     started = time.perf_counter()
                 due = self.checkpoint_every and self.step % self.checkpoint_every == 0
-                calls = [c for c in callbacks if last or (c.every and self.step % c.every == 0)]
+                calls = self._due(callbacks)
                 if due or last or stop or calls:
                     self.seconds += time.perf_counter() - started
                     if self.checkpoints is not None and (due or last or stop):
                         self.checkpoints.save(self)
-                    passes = self.passes
-                    for callback in calls:
-                        callback.fn(self)
-                    self._frozen_for = None  # callbacks may have changed the networks' mode
-                    self.earlier_passes += passes - self.passes  # pictures are not training
+                    self._call(calls)
                     started = time.perf_counter()
         finally:
             bar.close()
             if previous is not None:
                 signal.signal(signal.SIGTERM, previous)
+
+    def _due(self, callbacks: Sequence[Every]) -> list[Every]:
+        """Those of this step: all of them at the last one."""
+        last = self.step == self.cfg.steps
+        return [c for c in callbacks if last or (c.every and self.step % c.every == 0)]
+
+    def _call(self, callbacks: Sequence[Every]) -> None:
+        passes = self.passes
+        for callback in callbacks:
+            callback.fn(self)
+        self._frozen_for = None  # callbacks may have changed the networks' mode
+        self.earlier_passes += passes - self.passes  # pictures are not training
 
     def train_step(self) -> dict[str, Tensor]:
         """One engine step: every update that is due. Returns detached, unreduced losses."""

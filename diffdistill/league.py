@@ -149,7 +149,8 @@ def league(
     for which in failed:
         print(f"failed: {which}; the same command tries again", file=sys.stderr)
     if assets.path("results").is_dir() and out.resolve() == assets.path("league").resolve():
-        tables.main()
+        with locked(out):
+            tables.main()
         print("the tables of README.md are made again from these rows")
     return 0 if not failed else 2 if set(failed.values()) == {2} else 1
 
@@ -474,7 +475,11 @@ def _print_rows(name: str, rules: League, out: Path) -> int:
         file = out / f"{teacher}.json"
         rows = json.loads(file.read_text()) if file.is_file() else []
         named = ("entry", "seed", "asked", "steps")
-        there = {tuple(r[k] for k in named) for r in rows if r["league"] == name}
+        card = (assets.teacher(source) or Path(source)) / "diffdistill.json"
+        of = json.loads(card.read_text()).get("weights") if card.is_file() else None
+        # other files of that name have rows of their own
+        mine = [r for r in rows if r["league"] == name and of in (None, r["teacher_files"])]
+        there = {tuple(r[k] for k in named) for r in mine}
         asked = [
             (entry, seed, asked_of(settings(rules, entry, source)[1], rules.budget))
             for entry in rules.entries

@@ -43,7 +43,7 @@ def dry_engine(cfg: RunConfig, teacher: Teacher, accelerator: Accelerator) -> En
     torch.manual_seed(cfg.train.seed)
     method = cls(cfg.method, denoiser)
     made = prepare.stream(
-        replace(cfg.data, size=min(few, cfg.data.size)), teacher, replace(needs, pairs=0),
+        replace(cfg.data, size=min(few, cfg.data.size or few)), teacher, replace(needs, pairs=0),
         guidance=1.0, seed=0, device=accelerator.device,
     )  # fmt: skip
     eps = torch.randn(made.size, *denoiser.shape)

@@ -13,36 +13,36 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from diffdistill import runtime
+from diffdistill import identity, runtime
 from diffdistill.card import write_card
 from diffdistill.checkpoint import Checkpoints
-from diffdistill.config import RunConfig, compose, differences, fingerprint, to_yaml
+from diffdistill.config import RunConfig, fingerprint
 from diffdistill.data import fashion, prepare, shapes
 from diffdistill.data.images import to_uint8
-from diffdistill.denoiser import Denoiser, Runtime, guided
+from diffdistill.denoiser import Denoiser, Runtime
 from diffdistill.engine import Engine, Every
 from diffdistill.errors import writable
 from diffdistill.eval.records import evaluations, on_screen
 from diffdistill.method import Batch, Method, Needs, Sampler, TokenSampler
-from diffdistill.parts import autoregressive, ode
+from diffdistill.parts import autoregressive
 from diffdistill.parts.lora import lora_copy
 from diffdistill.parts.rollout import sample
+from diffdistill.pipelines.loading import STOCK
 from diffdistill.registry import get_method
 from diffdistill.teachers import Teacher, load_teacher
 from diffdistill.tokens import TokenModel
 from diffdistill.tracking import Tracker
 
 PREVIEWS = 24  # samples in a grid
-PACKAGES = ("diffdistill", "torch", "diffusers", "accelerate", "transformers", "numpy")
 SHARDING = {  # what `accelerate launch` exports for it
     "ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
@@ -70,24 +70,32 @@ def execute(
 ) -> Result:
     """Train (or continue), export, evaluate, report. `teacher` overrides cfg.teacher.name."""
     folder = writable(Path(cfg.run.root) / (cfg.run.name or "run"), "run.root=DIR")
-    refuse_another_run(folder, cfg)
+    identity.refuse_another_run(folder, cfg)
     if (folder / "DONE").is_file():
-        print(f"{folder} is finished; remove it or set run.name to train again")
-        module = (
-            _module(cfg, load_teacher(teacher), folder) if isinstance(teacher, Denoiser) else None
+        given = None if isinstance(teacher, str | Path | None) else load_teacher(teacher)
+        if given:
+            identity.refuse_another_teacher(folder, given)
+        print(
+            f"{folder} is finished; remove it or set run.name to train again. To judge it in "
+            f"another way: diffdistill evaluate {folder}/student"
         )
+        module = _module(cfg, given, folder) if given and given.family == "module" else None
+        missing = cfg.report and not (folder / "report" / "index.html").is_file()
+        if missing and module is None and launched().is_main_process:
+            _report(folder)  # all that follows DONE was cut off
+            (folder / "FAILED").unlink(missing_ok=True)
         return Result(folder, folder / "student", True, _last_evaluation(folder), module)
     accelerator = launched()
     set_threads(cfg.threads, accelerator)
     main = accelerator.is_main_process
     cls = get_method(cfg.method_name)
     needs = cls.needs(cfg.method)
-    cfg.data.validate()
     loaded = load_teacher(teacher if teacher is not None else cfg.teacher.name)
+    identity.refuse_another_teacher(folder, loaded)
     check_needs(cfg.method_name, needs, loaded)
     further_samplers(cfg, loaded)  # refuses times that do not fall
     if main:
-        _write_config(folder, cfg, provenance or {}, argv or sys.argv)
+        identity.record(folder, cfg, provenance or {}, argv or sys.argv, loaded.key)
         (folder / "FAILED").unlink(missing_ok=True)
     tracker = Tracker(folder, wandb=cfg.log.wandb, config=asdict(cfg)) if main else None
     try:
@@ -111,9 +119,7 @@ def execute(
             done = {"steps": engine.step, "seconds_of_this_start": time.perf_counter() - started}
             (folder / "DONE").write_text(json.dumps(done) + "\n")
             if cfg.report and loaded.family != "module":
-                from diffdistill.eval.report import write_report
-
-                print(f"report: {write_report([folder])}")
+                _report(folder)
             print(unjudged(cfg, loaded, folder), end="")
         accelerator.wait_for_everyone()
         module = _module(cfg, loaded, folder) if loaded.family == "module" else None
@@ -130,18 +136,10 @@ def execute(
             tracker.close()
 
 
-def refuse_another_run(folder: Path, cfg: RunConfig) -> None:
-    """A folder with a finished or begun run is continued with that run's settings only."""
-    finished, config = (folder / "DONE").is_file(), folder / "config.yaml"
-    begun = finished or any((folder / "checkpoints").glob("step_*"))
-    if not (begun and config.is_file()):
-        return
-    earlier, _ = compose([f"recipe={config}"])
-    if changed := differences(earlier, cfg):
-        raise ValueError(
-            f"{folder} holds a {'finished' if finished else 'begun'} run with other settings "
-            f"({', '.join(changed)}). Set another run.name, or remove it."
-        )
+def _report(folder: Path) -> None:
+    from diffdistill.eval.report import write_report
+
+    print(f"report: {write_report([folder])}")
 
 
 def build(
@@ -296,12 +294,10 @@ def callbacks(
             ).images  # fmt: skip
             tracker.images(0, "teacher", to_uint8(2 * images - 1), 8)
             return
-        denoise = guided(teacher.denoiser, float(teacher.info.get("guidance", 1.0)))
-        solve = ode.heun if teacher.family == "edm" else ode.ddim
-        x = solve(
-            denoise, teacher.denoiser.schedule, noise[0], cond, int(teacher.info.get("steps", 25))
-        )
-        tracker.images(0, "teacher", teacher.to_images(x), 8)
+        steps, guidance = STOCK.get(teacher.family, (25, 1.0))
+        info = {"steps": steps, "guidance": guidance} | teacher.info
+        _, solve = prepare.pair_solver(teacher, float(info["guidance"]), int(info["steps"]))
+        tracker.images(0, "teacher", teacher.to_images(solve(noise[0], cond)), 8)
 
     @torch.no_grad()
     def student_grid(engine: Engine) -> None:
@@ -530,7 +526,7 @@ def device_name(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def launched() -> Accelerator:
+def launched(cpu: bool = False) -> Accelerator:
     """The processes of this launch.
 
     Without cpu=True those of a machine without a GPU are strangers to each other under torchrun.
@@ -557,8 +553,9 @@ def launched() -> Accelerator:
             f"this launch asks for {asked} steps of accumulation (--gradient_accumulation_steps). "
             "Leave that out: train.batch_size is the whole batch, train.micro_batch its parts"
         )
-    cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no")
+    cpu = cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=1))  # while one process evaluates
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[patient])
     if accelerator.num_processes > 1:
         atexit.register(accelerator.state.destroy_process_group)
     return accelerator
@@ -579,25 +576,6 @@ def set_threads(threads: int, accelerator: Accelerator) -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-def _write_config(
-    folder: Path, cfg: RunConfig, provenance: Mapping[str, str], argv: list[str]
-) -> None:
-    aside = folder / "config.yaml.partial"
-    aside.write_text(to_yaml(cfg))
-    aside.replace(folder / "config.yaml")
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "checkout"
-    lock = {
-        "command": argv, "provenance": dict(provenance), "versions": versions,
-        "python": platform.python_version(), "platform": platform.platform(),
-    }  # fmt: skip
-    (folder / "config.lock.json").write_text(json.dumps(lock, indent=1))
 
 
 def _last_evaluation(folder: Path) -> dict[str, Any] | None:

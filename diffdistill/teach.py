@@ -87,9 +87,16 @@ def teach(arguments: dict[str, str]) -> None:
         OmegaConf.update(recipe, key, OmegaConf.create(f"v: {value}").v)
     settings = OmegaConf.to_container(recipe)
     folder = writable(Path(out or f"runs/teach-{name}"), "out=DIR")
-    accelerator = launched()
+    accelerator = launched(cpu=True)
+    if accelerator.num_processes > 1:
+        raise ValueError("teach runs as one process. Leave `accelerate launch` out")
     set_threads(0, accelerator)
-    (folder / "recipe.json").write_text(json.dumps(settings, indent=1))
+    file = folder / "recipe.json"
+    if file.is_file() and json.loads(file.read_text()) != settings:
+        raise ValueError(
+            f"{folder} holds what other settings made ({file}). Set another out=DIR, or remove it"
+        )
+    file.write_text(json.dumps(settings, indent=1))
     made = getattr(worlds, name.replace("-", "_"))(settings, folder, accelerator, train_stage)
     print(f"made {made}")
 

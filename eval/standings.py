@@ -123,7 +123,9 @@ def _table(group: Sequence[Row]) -> str:
     few = {m: f" (n = {counts[m]})" for m in order if counts[m] != first["n"]}
     named = [shown[m] + few.get(m, "") for m in order]
     heads = ["entry", "method", "steps", "passes per image", "seeds", *named]
-    heads += ["images seen", "training passes", "minutes", "GiB"]
+    paired = any(row.get("pair_passes") for row in group)
+    minutes = "minutes (without pairs)" if paired else "minutes"
+    heads += ["images seen", "training passes", minutes, "GiB"]
     out = [
         f"Teacher `{first['teacher']}` (weights `{first['teacher_weights']}`), "
         f"{first['budget']:,} network passes of training, protocol `{first['protocol']}`, "
@@ -189,7 +191,9 @@ def plot(rows: Iterable[Row], path: Path) -> None:
     for i, line in enumerate(students):
         look = {"marker": marks[i // 10 % 10], "color": colours[i % 10]}
         for row in line.rows:
-            minutes = [p / row["passes"] * row["seconds"] / 60 for p, _ in row["curve"]]
+            pairs = row.get("pair_passes", 0)  # made before the clock of training starts
+            rate = row["seconds"] / (row["passes"] - pairs) / 60
+            minutes = [(p - pairs) * rate for p, _ in row["curve"]]
             left.plot(minutes, [fd for _, fd in row["curve"]], markersize=5, **look)
         several = f", {line.rows[0]['steps']}" if named.count(line.entry) > 1 else ""
         for axes, score in zip(panels, scores, strict=True):

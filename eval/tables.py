@@ -56,6 +56,11 @@ def _table(protocol: str) -> str:
     rows = [(f"teacher `{r['pipeline']}`", r) for r in teacher_rows(protocol)]
     for file in sorted(assets.path("results").glob("*.json")):
         result = json.loads(file.read_text())
+        if result["protocol"] not in PROTOCOLS:
+            raise ValueError(
+                f"{file} was judged under {result['protocol']!r}, which is no protocol of the "
+                "tables. Judge it with all samples (without evaluate.n), or remove it"
+            )
         if result["protocol"] == protocol:
             rows.append((f"`recipe={file.stem}`", result))
     numbers = [{r["metric"]: r for r in row["records"]} for _, row in rows]
@@ -116,7 +121,9 @@ def main() -> None:
         card = assets.path("teachers", teacher, "README.md")
         made[card] = updated_card(teacher, card.read_text())
     for file, text in made.items():
-        file.write_text(text)
+        aside = file.with_name(f".{file.name}.partial")
+        aside.write_text(text)
+        aside.replace(file)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def test_resume_starts_where_the_checkpoint_is(tmp_path):
     assert engine.step == 6 and engine.roles["fake_score"].updates == 6
     steps = []
     engine.fit((Every(1, lambda e: steps.append(e.step)),))
-    assert steps == [7, 8, 9, 10, 11, 12]
+    assert steps == [6, 7, 8, 9, 10, 11, 12]  # what step 6 asked for may have been cut off
     assert [p.name for p in engine.checkpoints.complete()] == ["step_000010", "step_000012"]
 
 

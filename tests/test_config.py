@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 import pytest
 import yaml
 
-from diffdistill import config, run
+from diffdistill import config, identity
 from diffdistill.config import compose, fingerprint, leaves, names, to_yaml
 from diffdistill.method import Method, MethodConfig
 from diffdistill.registry import register_method
@@ -142,7 +142,7 @@ def test_a_part_on_the_command_line_replaces_the_recipes_part(recipe):
     assert cfg.method == OtherConfig() and cfg.method_name == "config_other"
     assert cfg.data.size == 4
     assert provenance["method_name"] == "command line"
-    assert compose([picked, "data=none"])[0].data.size == 20_000
+    assert compose([picked, "data=none"])[0].data.size == None
 
 
 def test_the_result_is_plain_dataclasses():
@@ -216,14 +216,14 @@ def test_a_run_is_continued_with_its_own_settings_only(tmp_path, state):
         (tmp_path / "DONE").touch()
     elif state == "begun":
         (tmp_path / "checkpoints" / "step_000004").mkdir(parents=True)
-    run.refuse_another_run(tmp_path, compose([*PROBE, "report=false"])[0])
+    identity.refuse_another_run(tmp_path, compose([*PROBE, "report=false"])[0])
     other = compose([*PROBE, "train.batch_size=3"])[0]
     if state == "empty":
-        run.refuse_another_run(tmp_path, other)
+        identity.refuse_another_run(tmp_path, other)
         return
     told = rf"{state} run .*train.batch_size=\d+, now 3\)\. Set another run.name"
     with pytest.raises(ValueError, match=told):
-        run.refuse_another_run(tmp_path, other)
+        identity.refuse_another_run(tmp_path, other)
 
 
 def test_a_default_that_changed_is_another_setting(tmp_path):
@@ -234,7 +234,7 @@ def test_a_default_that_changed_is_another_setting(tmp_path):
     (tmp_path / "config.yaml").write_text(text)  # as an older version wrote its default
     (tmp_path / "DONE").touch()
     with pytest.raises(ValueError, match=f"max_skipped={usual + 1}, now {usual}"):
-        run.refuse_another_run(tmp_path, cfg)
+        identity.refuse_another_run(tmp_path, cfg)
 
 
 def test_a_new_option_leaves_the_fingerprint_as_it_was():

@@ -10,10 +10,11 @@ from PIL import Image
 from diffdistill import progress as bars
 from diffdistill import runtime
 from diffdistill.data import images, prepare
+from diffdistill.denoiser import Denoiser
 from diffdistill.method import Batch, Needs
 from diffdistill.schedules import EDM
 from diffdistill.teachers import Teacher, load_teacher, sd
-from diffdistill.testing import gaussian
+from diffdistill.testing import gaussian, mixture
 
 
 @pytest.fixture
@@ -176,7 +177,7 @@ def shown(monkeypatch):
 def test_what_is_encoded_has_bars(cache, tmp_path, teacher, shown):
     stream(pictures(tmp_path / "a", 10, 1000), teacher, images=True)
     said = {what for what, _ in shown}
-    assert said == {"hash weights", "encode prompts", "read images", "encode images"}
+    assert said == {"hash teacher", "encode prompts", "read images", "encode images"}
     assert {off for _, off in shown} == {None}  # on a terminal
 
 
@@ -224,3 +225,25 @@ def test_reading_images_is_put_off_until_they_are_needed(cache, tmp_path, teache
     monkeypatch.setattr(images, "_read", lambda *_: pytest.fail("an image was read"))
     stream(cfg, teacher, images=True)
     stream(cfg, teacher)
+
+
+def test_the_key_of_a_teacher_holds_all_that_its_samples_depend_on():
+    """Equal weights are not an equal teacher: pairs of another one must not be taken."""
+
+    def made(mean=1.0, std=0.1, t_max=80.0):
+        torch.manual_seed(0)
+        return mixture([(0.0, mean)], std, EDM(t_max=t_max))
+
+    other_prediction = Denoiser(made().net, EDM(), "v", shape=(2,))
+    others = [made(mean=1.1), made(std=0.2), made(t_max=70.0), other_prediction]
+    keys = [load_teacher(d).key for d in (made(), made(), *others, gaussian((0.0, 1.0), 0.1))]
+    assert keys[0] == keys[1] and len(set(keys)) == len(keys) - 1
+
+
+def test_the_key_of_a_pipeline_holds_its_configurations():
+    teacher = load_teacher("shapes-sd")
+    first = teacher.key
+    assert load_teacher("shapes-sd").key == first
+    config = dict(teacher.pipe.scheduler.config) | {"prediction_type": "sample"}
+    teacher.pipe.scheduler = type(teacher.pipe.scheduler).from_config(config)
+    assert load_teacher(teacher.pipe).key != first

@@ -140,3 +140,10 @@ def test_a_text_tower_learns_to_tell_the_facts_of_a_caption():
 def test_unknown_teach_recipe_names_the_known_ones(capsys):
     assert teach.main(["recipe=shapes-sdd"]) == 2
     assert "Did you mean 'shapes-sd'" in capsys.readouterr().err
+
+
+def test_a_folder_of_other_settings_is_refused(tmp_path, capsys):
+    (tmp_path / "recipe.json").write_text('{"recipe": "shapes-dit", "steps": 7}')
+    assert teach.main(["recipe=shapes-dit", f"out={tmp_path}"]) == 2
+    assert "holds what other settings made" in capsys.readouterr().err
+    assert "7" in (tmp_path / "recipe.json").read_text()

@@ -118,6 +118,12 @@ def test_any_module_can_be_a_teacher(tmp_path, capsys):
         method__ttur=2, optim__default__lr=0.01, precision__dtype="fp32", threads=1,
     )  # fmt: skip
     assert torch.equal(again.module.net.mean, result.module.net.mean)
+    with pytest.raises(ValueError, match="holds a run of another teacher"):
+        dd.distill(
+            gaussian((-1.0, -0.5), 0.4, EDM(t_max=5.0)), method="dmd", steps=150,
+            out=tmp_path / "g", train__batch_size=128, method__ttur=2, optim__default__lr=0.01,
+            precision__dtype="fp32", threads=1,
+        )  # fmt: skip
 
 
 def test_the_command_of_a_student_names_its_teacher(monkeypatch):

@@ -1,7 +1,7 @@
 """From a data section and a teacher to a stream of micro-batches; encodings are cached on disk.
 
 Text encoders and autoencoders run once per (teacher, data), so a second run starts at once. Results
-are keyed by the teacher's weights and by the data: prompts and captions by their text, images of a
+are keyed by `Teacher.key` and by the data: prompts and captions by their text, images of a
 folder by path, size and time of change (not by their bytes, which are slow to read). The cache is
 DIFFDISTILL_CACHE or ~/.cache/diffdistill; a damaged file in it is made again.
 """
@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -33,10 +33,11 @@ from diffdistill.parts.categorical import flow_map
 from diffdistill.parts.guidance import within
 from diffdistill.progress import progress
 from diffdistill.schedules import EDM
-from diffdistill.teachers import Teacher
+from diffdistill.teachers import Teacher, digest
 from diffdistill.tokens import TokenModel
 
 PAIRS_PER_SHARD = 256
+ENDLESS = 20_000  # of what has no end, if data.size says nothing
 
 
 @dataclass
@@ -44,7 +45,7 @@ class DataConfig:
     """Where conditions and images come from. `name` None: the teacher's own world."""
 
     name: str | None = None  # shapes | fashion | prompts | folder | none
-    size: int = 20_000  # images (or captions) that are prepared
+    size: int | None = None  # first ones that are used; None: all, of shapes and none 20,000
     prompts: str | None = None  # text file, one prompt a line; for name=prompts
     folder: str | None = None  # images, optionally with FILE.txt captions; for name=folder
 
@@ -53,7 +54,7 @@ class DataConfig:
             raise ValueError(
                 f"data.name={self.name!r}. Allowed: shapes, fashion, prompts, folder, none"
             )
-        if self.size < 1:
+        if self.size is not None and self.size < 1:
             raise ValueError(f"data.size={self.size}: the data set is empty. Give at least 1.")
         if self.name == "prompts":
             read_prompts(self.prompts)
@@ -82,6 +83,7 @@ class Source:
 
 def source(cfg: DataConfig, teacher: Teacher) -> Source:
     """The raw records of a data section, after checking that this teacher can use them."""
+    count = cfg.size or ENDLESS
     name = cfg.name or teacher.info.get("world") or ("none" if teacher.family == "module" else None)
     if name is None:
         raise ValueError(
@@ -95,8 +97,8 @@ def source(cfg: DataConfig, teacher: Teacher) -> Source:
             f"{teacher.conditions}. Choose data that fits the teacher."
         )
     if name == "shapes":
-        listed = scenes(cfg.size)
-        return Source(f"shapes-{cfg.size}", [s.caption for s in listed], lambda: render(listed))
+        listed = scenes(count)
+        return Source(f"shapes-{count}", [s.caption for s in listed], lambda: render(listed))
     if name == "fashion":
         pixels, labels = fashion.load("train")
         pixels, labels = pixels[: cfg.size], labels[: cfg.size]
@@ -113,7 +115,7 @@ def source(cfg: DataConfig, teacher: Teacher) -> Source:
         key = _hash([[_stamp(file) for file in files], conditions := read(files)])
         pixels = partial(images.read_all, files, size, grey=channels == 1)
         return Source(f"folder-{key}", conditions, pixels)
-    return Source(f"none-{cfg.size}", [None] * cfg.size, None)
+    return Source(f"none-{count}", [None] * count, None)
 
 
 def stream(
@@ -129,10 +131,11 @@ def stream(
     raw = source(cfg, teacher)
     if needs.images and raw.images is None:
         raise ValueError(
-            "this method needs images, but the data has prompts only. Set data=folder "
-            "data.folder=DIR, or switch off what needs images (method.gan=0)."
+            f"with these options the method needs images, but the data {raw.key.split('-')[0]!r} "
+            "has none. Set data=folder data.folder=DIR; `diffdistill list methods` says which "
+            "option needs images, such as method.gan"
         )
-    folder = cache_dir() / f"{raw.key}-{_teacher_key(teacher)}"
+    folder = cache_dir() / f"{raw.key}-{teacher.key}"
     lookups = conditions(raw.conditions, teacher, folder)
     x = None
     if needs.images:
@@ -243,7 +246,7 @@ def conditions(
     index = torch.tensor([number[c] for c in raw])
     table = partial(teacher.encode, distinct)
     if folder is not None and teacher.conditions == "prompts":
-        null = _digest(teacher.denoiser.null.items(), digits=4)  # its last bits differ by threads
+        null = digest(teacher.denoiser.null.items(), digits=4)  # its last bits differ by threads
         encoded = _stored(folder / f"text-{null}.safetensors", table)
     else:
         encoded = table()
@@ -266,25 +269,6 @@ def _image_size(teacher: Teacher) -> int:
         return teacher.pipe.tokenizer.config.size
     size = teacher.denoiser.shape[-1]
     return size * getattr(teacher.pipe, "vae_scale_factor", 1)
-
-
-def _teacher_key(teacher: Teacher) -> str:
-    """Hash of the teacher's encoders and network: what cached encodings depend on."""
-    parts = getattr(teacher.pipe, "components", {"net": teacher.denoiser.net})
-    modules = [(k, part) for k, part in sorted(parts.items()) if isinstance(part, torch.nn.Module)]
-    return _digest(
-        (name, p)
-        for name, part in progress(modules, "hash weights", unit="part")
-        for p in part.state_dict().values()
-    )
-
-
-def _digest(tensors: Iterable[tuple[str, Tensor]], digits: int = 9) -> str:
-    """Hash of names, shapes and sums."""
-    digest = hashlib.sha256()
-    for name, p in tensors:
-        digest.update(f"{name}{tuple(p.shape)}{p.double().sum().item():.{digits}e}".encode())
-    return digest.hexdigest()[:12]
 
 
 def _stamp(file: Path) -> tuple[str, int, int]:

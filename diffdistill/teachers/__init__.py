@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from diffdistill.data.images import to_uint8
 from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.progress import progress
 from diffdistill.tokens import TokenModel
 
 INFO = "diffdistill.json"
@@ -59,6 +62,28 @@ class Teacher:
     info: dict[str, Any] = field(default_factory=dict)
     device: torch.device | None = None
 
+    @functools.cached_property
+    def key(self) -> str:
+        """Hash of what its samples depend on: networks, configurations, noise schedule, shape."""
+        net, said = self.denoiser, hashlib.sha256()
+        parts = getattr(self.pipe, "components", {"net": net.net})
+        for name, part in progress(sorted(parts.items()), "hash teacher", unit="part"):
+            config = getattr(part, "config", {})
+            config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+            plain = {k: v for k, v in config.items() if not k.startswith("_")}
+            said.update(json.dumps([name, plain], sort_keys=True, default=str).encode())
+            if isinstance(part, nn.Module):
+                said.update(digest((k, p) for k, p in part.state_dict().items()).encode())
+        if self.family == "module":  # constants of a bare network, which has no configuration
+            for name, module in net.net.named_modules():
+                said.update(f"{name}{_constants(module)}".encode())
+        if isinstance(net, Denoiser):
+            grid = net.schedule.grid()
+            levels = {"alpha": net.schedule.alpha(grid), "sigma": net.schedule.sigma(grid)}
+            said.update(f"{net.prediction}{digest(levels.items())}".encode())
+        said.update(f"{tuple(net.shape)}".encode())
+        return said.hexdigest()[:12]
+
     @property
     def conditions(self) -> str:
         """What its samples are conditioned on, in words."""
@@ -66,6 +91,24 @@ class Teacher:
         return (known | dict.fromkeys(("edm", "tokens"), "class labels")).get(
             self.family, "nothing"
         )
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]], digits: int = 9) -> str:
+    """Hash of names, shapes and sums."""
+    made = hashlib.sha256()
+    for name, p in tensors:
+        made.update(f"{name}{tuple(p.shape)}{p.double().sum().item():.{digits}e}".encode())
+    return made.hexdigest()[:12]
+
+
+def _constants(module: nn.Module) -> list[tuple[str, str]]:
+    """Numbers, words and tensors that a module holds beside its parameters and buffers."""
+    held = sorted((k, v) for k, v in vars(module).items() if not k.startswith("_"))
+    return [
+        (k, digest([(k, v)]) if isinstance(v, Tensor) else repr(v))
+        for k, v in held
+        if isinstance(v, bool | int | float | str | tuple | list | Tensor) and k != "training"
+    ]
 
 
 def load_teacher(source: Any) -> Teacher:

@@ -97,6 +97,7 @@ def shapes_dit(settings: Settings, folder: Path, accelerator: Accelerator, train
     from diffdistill.teaching.convert import sd3_text_encoder, silent_text_encoders
 
     base = load_teacher(settings["base"]).pipe
+    torch.manual_seed(0)  # layers that do nothing are drawn, too
     text, tokenizer = sd3_text_encoder(base.text_encoder), base.tokenizer
     width = text.config.hidden_size + 8
     second, third = silent_text_encoders(len(tokenizer), tokenizer.model_max_length, width)
