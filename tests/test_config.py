@@ -142,7 +142,7 @@ def test_a_part_on_the_command_line_replaces_the_recipes_part(recipe):
     assert cfg.method == OtherConfig() and cfg.method_name == "config_other"
     assert cfg.data.size == 4
     assert provenance["method_name"] == "command line"
-    assert compose([picked, "data=none"])[0].data.size == None
+    assert compose([picked, "data=none"])[0].data.size is None
 
 
 def test_the_result_is_plain_dataclasses():
