@@ -45,7 +45,7 @@ class Config(ConsistencyConfig):
     guidance: float = 1.0  # of the teacher in both losses; paper: 4.5 and 5
     p_mean: float = -0.8  # of ln(sigma_d tan t) in the consistency loss
     p_std: float = 1.6
-    dmd: float = 0.01  # lambda, of sums over a sample; 0.1: sharper, 0.001: too weak
+    dmd: float = 0.01  # lambda, of sums over a sample, so its share grows as sqrt(elements)
     dmd_mean: float = 0.0  # of ln(sigma_d tan t) in rollouts, matching and the fake score
     dmd_std: float = 1.6
     rollout: int = 4  # most steps of the student in the matching loss
@@ -70,7 +70,7 @@ class RCM(Method):
 
     def __init__(self, cfg: Config, teacher: Denoiser):
         super().__init__(cfg, teacher)
-        self.trig = Trig.of(teacher, cfg.data_std, cfg.sigma_data)
+        self.trig = Trig.of(teacher, cfg.data_std, cfg.sigma_data, cfg.conditioning_time)
         self.consistency = Consistency(self.trig, cfg, "rcm")
         self.guided = guided(teacher, cfg.guidance)
         self.sampler()  # refuses times that do not fall

@@ -68,7 +68,7 @@ class SanaSprint(Method):
 
     def __init__(self, cfg: Config, teacher: Denoiser):
         super().__init__(cfg, teacher)
-        self.trig = Trig.of(teacher, cfg.data_std, cfg.sigma_data)
+        self.trig = Trig.of(teacher, cfg.data_std, cfg.sigma_data, cfg.conditioning_time)
         self.consistency = consistency.Consistency(self.trig, cfg)
         self.guided = guided(teacher, cfg.guidance)
         self.sampler()  # refuses times that do not fall
@@ -81,7 +81,7 @@ class SanaSprint(Method):
         heads = partial(token_heads, layers=self.cfg.feature_layers)
         return {
             "student": "teacher",
-            "log_weight": lambda teacher: consistency.LogWeight(),
+            "log_weight": self.cfg.log_weight,
             "discriminator": heads,
         }
 

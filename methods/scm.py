@@ -15,9 +15,10 @@ says nothing about progress; the log has `tangent`, the mean |g| before.
 Deviations: AdamW (the paper: RAdam and Adam). The guidance scale is fixed and not an input of the
 student. Teachers keep their network and time embedding (paper: retrained with a positional
 embedding of t itself, and AdaGN made adaptive double normalisation). Times below or above the
-teacher's range are those at its ends. w is linear in cos kt and sin kt. Three mid times are those
-of SANA-Sprint (arXiv 2503.09641), two a choice. The paper's variant with a score loss (sCD + VSD)
-is not here; `rcm` is its successor.
+teacher's range are those at its ends, those above conditioning_time are it. w is linear in cos kt
+and sin kt and starts at ln D, where the loss of a tangent of norm 1 has its optimum. Three mid
+times are those of SANA-Sprint (arXiv 2503.09641), two a choice. The paper's variant with a score
+loss (sCD + VSD) is not here; `rcm` is its successor.
 """
 
 from dataclasses import dataclass
@@ -30,7 +31,6 @@ from diffdistill.method import Batch, Method, Needs, Sampler, Update
 from diffdistill.parts.consistency import (
     Consistency,
     ConsistencyConfig,
-    LogWeight,
     few_steps,
     weighted,
 )
@@ -67,7 +67,7 @@ class SCM(Method):
 
     def __init__(self, cfg: Config, teacher: Denoiser):
         super().__init__(cfg, teacher)
-        self.trig = Trig.of(teacher, cfg.data_std, cfg.sigma_data)
+        self.trig = Trig.of(teacher, cfg.data_std, cfg.sigma_data, cfg.conditioning_time)
         self.consistency = Consistency(self.trig, cfg)
         self.sampler()  # refuses times that do not fall
 
@@ -76,7 +76,7 @@ class SCM(Method):
         return Needs(images=True)
 
     def roles(self):
-        head = {"log_weight": lambda teacher: LogWeight()} if self.cfg.adaptive else {}
+        head = {"log_weight": self.cfg.log_weight} if self.cfg.adaptive else {}
         return {"student": "teacher"} | head
 
     def updates(self):

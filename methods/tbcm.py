@@ -65,7 +65,7 @@ class TBCM(Method):
 
     def __init__(self, cfg: Config, teacher: Denoiser):
         super().__init__(cfg, teacher)
-        self.trig = Trig.of(teacher, cfg.data_std, cfg.sigma_data)
+        self.trig = Trig.of(teacher, cfg.data_std, cfg.sigma_data, cfg.conditioning_time)
         self.consistency = consistency.Consistency(self.trig, cfg)
         self.route = route(cfg.route_steps, cfg.shift)
         self.sampler()  # refuses times that do not fall
@@ -76,7 +76,7 @@ class TBCM(Method):
             )
 
     def roles(self):
-        return {"student": "teacher", "log_weight": lambda teacher: consistency.LogWeight()}
+        return {"student": "teacher", "log_weight": self.cfg.log_weight}
 
     def updates(self):
         return (Update("student", ("student", "log_weight"), self.loss),)

@@ -13,6 +13,7 @@ the consistency function. The loss moves F along +g / (|g| + c).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -20,7 +21,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from diffdistill.denoiser import Cond
+from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.method import Sampler
 from diffdistill.parts.jvp import Derivative, DerivativeConfig
 from diffdistill.parts.trig import Denoise, Trig, mix
@@ -60,6 +61,15 @@ class ConsistencyConfig(DerivativeConfig):
                 f"{list(self.mid_times)}. Allowed: one mid time less than steps; without any, 1 to "
                 f"{max(self.usual)} steps"
             )
+
+    def log_weight(self, teacher: Denoiser) -> LogWeight:
+        """w(t) from its optimum on: the mean square of a tangent of norm 1 is 1 / elements.
+
+        From 0, ln(elements) away, a short run ends before w is flat, and what it learns last are
+        the times that it draws least, among them the student's first.
+        """
+        unit = self.normalise in ("l2", "root")
+        return LogWeight(math.log(math.prod(teacher.shape)) if unit else 0.0)
 
     @property
     def later(self) -> tuple[float, ...]:
@@ -170,13 +180,13 @@ def normalised(g: Tensor, kind: Normalise = "l2", c: float = 0.1) -> Tensor:
 
 
 class LogWeight(nn.Module):
-    """w(t), the logarithm of the adaptive weight; linear in cos kt and sin kt, 0 at the start."""
+    """w(t), the logarithm of the adaptive weight: linear in cos kt and sin kt, from `start` on."""
 
-    def __init__(self, waves: int = 8):
+    def __init__(self, start: float = 0.0, waves: int = 8):
         super().__init__()
         self.out = nn.Linear(2 * waves, 1)
         nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        nn.init.constant_(self.out.bias, start)
 
     def forward(self, t: Tensor) -> Tensor:
         """[B], float32."""

@@ -39,22 +39,36 @@ class Trig:
         schedule: of the teacher and its students.
         data_std: s, in the units of the teacher's clean estimate.
         sigma_data: sigma_d. None: s, so that x is the teacher's own x'.
+        first: the teacher's time at which students start; there is no later one. None: its last.
 
     Attributes:
         low, high: the range of t.
     """
 
-    def __init__(self, schedule: Schedule, data_std: float = 1.0, sigma_data: float | None = None):
+    def __init__(
+        self,
+        schedule: Schedule,
+        data_std: float = 1.0,
+        sigma_data: float | None = None,
+        first: float | None = None,
+    ):
         self.schedule, self.data_std = schedule, data_std
         self.sigma_data = data_std if sigma_data is None else sigma_data
-        ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)
+        last = schedule.t_max if first is None else min(first, schedule.t_max)
+        ends = torch.tensor([schedule.t_min, last], dtype=torch.float64)
         low, high = (schedule.sigma(ends) / schedule.alpha(ends) / data_std).atan().tolist()
         self.low, self.high = max(low * (1 + HAIR), ENDS[0]), min(high * (1 - HAIR), ENDS[1])
 
     @classmethod
-    def of(cls, teacher: Denoiser, data_std: float | None, sigma_data: float | None = None) -> Trig:
+    def of(
+        cls,
+        teacher: Denoiser,
+        data_std: float | None,
+        sigma_data: float | None = None,
+        first: float | None = None,
+    ) -> Trig:
         """data_std None: what the teacher says (EDM), else 1 (scaled latents)."""
-        return cls(teacher.schedule, data_std or teacher.sigma_data or 1.0, sigma_data)
+        return cls(teacher.schedule, data_std or teacher.sigma_data or 1.0, sigma_data, first)
 
     def own(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """The teacher's time tau and the scale rho of its input; float64 [B]."""

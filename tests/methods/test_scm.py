@@ -203,11 +203,32 @@ def test_9_adaptive_weight():
     optimiser.step(closure)
     assert (w.exp() * square).tolist() == pytest.approx([1, 1], abs=1e-3)
     assert consistency.weighted(square.sqrt()[:, None], None).tolist() == pytest.approx([0.04, 2.5])
-    head = consistency.LogWeight()
+    head = consistency.LogWeight(2.5)
     t = torch.rand(5, dtype=torch.float64)
-    assert head(t).tolist() == [0] * 5
+    assert head(t).tolist() == [2.5] * 5
     nn.init.normal_(head.out.weight)
     assert head(t).dtype == torch.float32 and head(t).std() > 0.1
+
+
+def test_9_adaptive_weight_starts_at_its_optimum():
+    teacher = tiny_denoiser(size=8)
+    elements = math.prod(teacher.shape)
+    g = torch.randn(4, *teacher.shape)
+    unit = consistency.normalised(g, "l2", c=1e-9)
+    w = scm.Config().log_weight(teacher)(torch.rand(4, dtype=torch.float64)).requires_grad_()
+    assert w.tolist() == pytest.approx([math.log(elements)] * 4)
+    (slope,) = torch.autograd.grad(consistency.weighted(unit, w).sum(), w)
+    assert slope.abs().max() < 1e-4
+    assert scm.Config(normalise="none").log_weight(teacher).out.bias.item() == 0
+
+
+def test_no_time_is_later_than_the_students_first():
+    teacher = gaussian((0.0,), 0.5, EDM())
+    x = torch.zeros(10_000, 1)
+    for first, want in ((None, 80.0), (40.0, 40.0)):
+        method = scm.SCM(scm.Config(conditioning_time=first, p_mean=2.0), teacher)
+        t = method.trig.draw(x, 2.0, 1.4)
+        assert method.trig.own(t)[0].max().item() == pytest.approx(want, rel=1e-6)
 
 
 def test_warm_up():
