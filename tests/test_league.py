@@ -24,7 +24,8 @@ from diffdistill.method import Method, MethodConfig, Update
 from diffdistill.passes import Counter
 from diffdistill.pipelines.edm import EDMPipeline
 from diffdistill.pipelines.scheduler import HeunEDMScheduler
-from diffdistill.testing import gaussian, run_method
+from diffdistill.schedules import EDM
+from diffdistill.testing import gaussian, run_method, tiny_denoiser
 
 ROOT = Path(__file__).parents[1]
 BUDGET = 1700
@@ -205,6 +206,21 @@ def test_passes_are_counted_exactly(seed):
     assert len(set(counted)) > 8 and len(taken) < 40
     again = [passes for passes, _ in zip(engine.steps(seed), range(60), strict=False)]
     assert again == counted
+
+
+def test_what_only_a_first_call_costs_is_not_taken_for_every_step():
+    made = lambda: run_method(  # noqa: E731
+        "scm", tiny_denoiser(EDM(), "eps"), steps=3, batch_size=4, train=False,
+        x=torch.randn(12, 1, 8, 8), cond={"label": lambda i: i % 3},
+    )  # fmt: skip
+    real, spent = made(), []
+    for _ in range(3):
+        before = real.passes
+        real.train_step()
+        spent.append(real.passes - before)
+    assert spent[0] > spent[1] == spent[2]  # the guard of the derivative
+    steps = Counter(made()).steps(0)
+    assert [next(steps) for _ in range(3)] == [spent[1]] * 3
 
 
 def test_wrong_counts_that_do_not_replay_the_draws_differ():
