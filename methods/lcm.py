@@ -32,6 +32,7 @@ class Config(MethodConfig):
     guidance: float = 1.0  # of the teacher in the DDIM step, u + g (c - u); paper: 8.5 for SD
     student_steps: int = 4
     solver_steps: int = 50  # grid of the DDIM solver; paper
+    conditioning_time: float | None = None  # its noisy end, where students start; None: T - 1
     sigma_data: float = 0.5  # of the boundary condition; paper
     huber: float = 1e-3  # sqrt(d^2 + c^2) - c; paper
 
@@ -56,15 +57,19 @@ class LCM(Method):
     def updates(self):
         return (Update("student", ("student",), self.loss),)
 
+    def grid(self, like):
+        c = self.cfg
+        return segments.solver_grid(self.schedule, c.solver_steps, like, c.conditioning_time)
+
     def sampler(self) -> Sampler:
         """Every solver_steps / student_steps-th time of the solver's grid, from the noisy end."""
-        grid = segments.solver_grid(self.schedule, self.cfg.solver_steps, torch.empty(0))
+        grid = self.grid(torch.empty(0))
         points = segments.trailing(self.cfg.solver_steps, self.cfg.student_steps)
         return Sampler(tuple(grid[points].tolist()))
 
     def loss(self, batch: Batch):
         x, cond = batch.x, batch.cond
-        grid = segments.solver_grid(self.schedule, self.cfg.solver_steps, x)
+        grid = self.grid(x)
         index = torch.randint(1, len(grid), (len(x),), device=x.device)
         t, s = grid[index], grid[index - 1]
         z = add_noise(self.schedule, x, torch.randn_like(x), t)

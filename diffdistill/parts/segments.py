@@ -18,9 +18,9 @@ from diffdistill.schedules import Schedule, bcast, student_times
 End = Literal["random", "edge"]
 
 
-def solver_grid(schedule: Schedule, steps: int, like: Tensor) -> Tensor:
-    """Times of the points 0 .. steps, rising, float64."""
-    rising = [float(schedule.grid()[0]), *reversed(student_times(schedule, steps))]
+def solver_grid(schedule: Schedule, steps: int, like: Tensor, last: float | None = None) -> Tensor:
+    """Times of the points 0 .. steps, rising, float64; `last` replaces the noisy end."""
+    rising = [float(schedule.grid()[0]), *reversed(student_times(schedule, steps, last))]
     return torch.tensor(rising, dtype=torch.float64, device=like.device)
 
 

@@ -90,6 +90,16 @@ def test_sampler_times_are_solver_times():
         lcm.Config(student_steps=4, solver_steps=2).validate()
 
 
+def test_no_time_is_above_the_students_first(monkeypatch):
+    engine = engine_of(SD, solver_steps=20, conditioning_time=799.0)
+    assert engine.method.sampler().times == (799.0, 599.0, 399.0, 199.0)
+    seen = []
+    f = engine.method.consistency
+    engine.method.consistency = lambda z, t, cond: seen.append(t) or f(z, t, cond)
+    engine.train_step()
+    assert torch.cat(seen).max() == 799 and torch.cat(seen).min() == 0
+
+
 def test_wrong_unguided_step_when_guidance_is_asked_for():
     """guidance needs an unconditional branch: asking for it without one is an error."""
     engine = engine_of(EDM(), guidance=3.0)
