@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -193,11 +193,25 @@ class Denoiser(nn.Module):
         return {k: v.to(like.device).expand(len(like), *v.shape[1:]) for k, v in self.null.items()}
 
     def _call(self, z: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
-        self.passes += len(z)
+        self.passes += len(z) if _counted else 0
         if self.runtime.channels_last and z.ndim == 4:
             z = z.contiguous(memory_format=torch.channels_last)
         with self.runtime.context(z.device):
             return self.net(z, t, **(cond or {}))
+
+
+_counted = True
+
+
+@contextlib.contextmanager
+def uncounted() -> Iterator[None]:
+    """Inside, calls of denoisers are no passes: what only checks a network is not its training."""
+    global _counted
+    before, _counted = _counted, False
+    try:
+        yield
+    finally:
+        _counted = before
 
 
 def guided(denoiser: Denoiser, scale: float) -> Callable[[Tensor, Tensor, Cond], Tensor]:

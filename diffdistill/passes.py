@@ -99,7 +99,6 @@ class Counter:
         self._cost: dict[tuple[Call, Draws], int] = {}
         self._next: dict[tuple[Call, Draws], int] = {}  # n of the draw that follows
         self._due: tuple[int, ...] = ()
-        self._seen: set[tuple[int, ...]] = set()
         self._loss = [u.loss for u in engine.updates]
         engine.updates = tuple(
             replace(u, loss=self._listen(i, u)) for i, u in enumerate(engine.updates)
@@ -127,11 +126,7 @@ class Counter:
         known = self._replay(step, seed)
         if known is None:
             engine.cfg = replace(engine.cfg, seed=seed)
-            new = self._due not in self._seen
-            self._seen.add(self._due)
-            for _ in range(1 + new):  # a first call may cost more, as that of a guarded derivative
-                engine.step = step
-                engine.train_step()
+            engine.train_step()
             known = self._replay(step, seed)
         assert known is not None, "draws of a step cannot be replayed"
         return known
