@@ -187,13 +187,14 @@ def plot(rows: Iterable[Row], path: Path) -> None:
     FigureCanvasAgg(figure)
     left, *panels = figure.subplots(1, 1 + len(scores))
     marks, colours = "os^Dv<>Ph*", [f"C{i}" for i in range(10)]
-    named = [line.entry for line in students]
+    named, latest = [line.entry for line in students], 1e-3
     for i, line in enumerate(students):
         look = {"marker": marks[i // 10 % 10], "color": colours[i % 10]}
         for row in line.rows:
             pairs = row.get("pair_passes", 0)  # made before the clock of training starts
             rate = row["seconds"] / (row["passes"] - pairs) / 60
             minutes = [(p - pairs) * rate for p, _ in row["curve"]]
+            latest = max(latest, *minutes)
             left.plot(minutes, [fd for _, fd in row["curve"]], markersize=5, **look)
         several = f", {line.rows[0]['steps']}" if named.count(line.entry) > 1 else ""
         for axes, score in zip(panels, scores, strict=True):
@@ -212,7 +213,7 @@ def plot(rows: Iterable[Row], path: Path) -> None:
         axes.minorticks_off()
     if teacher:
         left.axhline(teacher[-1]["metrics"]["fd"], color="k", linestyle="--", linewidth=1)
-    left.set(xlabel="training, minutes", ylabel=NAMES["fd"], yscale="log", xlim=(0, None))
+    left.set(xlabel="training, minutes", ylabel=NAMES["fd"], yscale="log", xlim=(0, 1.06 * latest))
     panels[0].set(yscale="log")
     title = "{teacher}, {budget:,} network passes of training, {protocol}, n = {n}"
     figure.suptitle(title.format_map(group[0]))
