@@ -191,11 +191,15 @@ def make_roles(
     lora: ranks of adapters that are trained in place of whole networks, by role; "student" is
         every student. An adapted copy of the teacher shares its storage.
     """
-    inits = method.roles()
-    ranks = {role: rank for role, rank in (lora or {}).items() if rank}
-    if unknown := ranks.keys() - inits.keys() - {"student"}:
+    inits, asked = method.roles(), lora or {}
+    ranks = {role: rank for role, rank in asked.items() if rank}
+    moved = {role for move in method.transitions() for role in (move.source, move.to)}
+    able = [r for r in inits if r in method.students or (r == "fake_score" and r not in moved)]
+    if refused := sorted(ranks.keys() - {*able, "student"}):
+        why = "gets whole weights" if refused[0] in inits else "is not there"
         raise ValueError(
-            f"lora.{min(unknown)}: there is no such network. Allowed: {', '.join(inits)}"
+            f"lora.{refused[0]}: with {type(method).__name__} that network {why}. Allowed: "
+            f"{', '.join(able)}"
         )
     if ranks and isinstance(teacher, TokenModel):
         raise ValueError(
@@ -205,7 +209,7 @@ def make_roles(
     roles: dict[str, nn.Module] = {}
     for name, init in inits.items():
         own = None if isinstance(init, str) else init(teacher)
-        rank = ranks.get(name) or (ranks.get("student") if name in method.students else None)
+        rank = asked.get(name, asked.get("student", 0) if name in method.students else 0)
         if rank:
             base = teacher if own is None else own
             if not isinstance(base, Denoiser) or getattr(base, "trainable_names", None):

@@ -247,3 +247,21 @@ def test_the_key_of_a_pipeline_holds_its_configurations():
     config = dict(teacher.pipe.scheduler.config) | {"prediction_type": "sample"}
     teacher.pipe.scheduler = type(teacher.pipe.scheduler).from_config(config)
     assert load_teacher(teacher.pipe).key != first
+
+
+def test_the_key_of_a_bare_network_with_things_of_its_own():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = SimpleNamespace(width=3)
+            self.act, self.steps = [lambda x: x, torch.nn.functional.gelu], (1, 2)
+
+        def forward(self, z, t):
+            return z
+
+    made = lambda: load_teacher(Denoiser(Net(), EDM(), "x0", shape=(2,)))  # noqa: E731
+    first = made()
+    assert first.key == made().key  # addresses are not in it
+    other = made()
+    other.denoiser.net.steps = (1, 3)
+    assert other.key != first.key

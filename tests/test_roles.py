@@ -92,7 +92,16 @@ def test_adapters_of_all_copies_share_the_teachers_storage():
 @pytest.mark.parametrize(
     ("name", "lora", "told"),
     [
-        ("dmd", {"fake": 4}, r"lora\.fake: there is no such network. Allowed: student, fake_score"),
+        (
+            "dmd",
+            {"fake": 4},
+            r"lora\.fake: with DMD that network is not there. Allowed: student",
+        ),
+        (
+            "phased_dmd",
+            {"fake_score": 4},
+            r"lora\.fake_score: .*gets whole weights",
+        ),
         ("swiftbrush", {"fake_score": 4}, r"lora\.fake_score=4: this method builds that network"),
     ],
 )
@@ -103,3 +112,13 @@ def test_what_cannot_be_adapted_is_refused(name, lora, told):
     with pytest.raises(ValueError, match=told):
         make_roles(method, teacher, lora)
     make_roles(method, teacher, dict.fromkeys(lora, 0))  # no adapter is no claim
+
+
+def test_an_experts_own_rank_wins_over_the_one_of_all_students():
+    pytest.importorskip("peft", reason="peft is not installed")
+    teacher = load_teacher("shapes-sd").denoiser
+    method = get_method("phased_dmd")(get_method("phased_dmd").Config(), teacher)
+    first, second = method.students
+    roles = make_roles(method, teacher, {"student": 2, second: 0})
+    adapted = [getattr(roles[name], "trainable_names", None) for name in (first, second)]
+    assert adapted[0] and not adapted[1]

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -68,19 +68,17 @@ class Teacher:
         net, said = self.denoiser, hashlib.sha256()
         parts = getattr(self.pipe, "components", {"net": net.net})
         for name, part in progress(sorted(parts.items()), "hash teacher", unit="part"):
-            config = getattr(part, "config", {})
-            config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-            plain = {k: v for k, v in config.items() if not k.startswith("_")}
-            said.update(json.dumps([name, plain], sort_keys=True, default=str).encode())
+            said.update(json.dumps([name, _settings(part)], sort_keys=True).encode())
             if isinstance(part, nn.Module):
                 said.update(digest((k, p) for k, p in part.state_dict().items()).encode())
         if self.family == "module":  # constants of a bare network, which has no configuration
             for name, module in net.net.named_modules():
-                said.update(f"{name}{_constants(module)}".encode())
+                said.update(json.dumps([name, _plain(vars(module))], sort_keys=True).encode())
         if isinstance(net, Denoiser):
             grid = net.schedule.grid()
             levels = {"alpha": net.schedule.alpha(grid), "sigma": net.schedule.sigma(grid)}
-            said.update(f"{net.prediction}{digest(levels.items())}".encode())
+            # six digits: processors differ in the last ones of a float32 schedule
+            said.update(f"{net.prediction}{digest(levels.items(), digits=6)}".encode())
         said.update(f"{tuple(net.shape)}".encode())
         return said.hexdigest()[:12]
 
@@ -101,14 +99,30 @@ def digest(tensors: Iterable[tuple[str, Tensor]], digits: int = 9) -> str:
     return made.hexdigest()[:12]
 
 
-def _constants(module: nn.Module) -> list[tuple[str, str]]:
-    """Numbers, words and tensors that a module holds beside its parameters and buffers."""
-    held = sorted((k, v) for k, v in vars(module).items() if not k.startswith("_"))
-    return [
-        (k, digest([(k, v)]) if isinstance(v, Tensor) else repr(v))
-        for k, v in held
-        if isinstance(v, bool | int | float | str | tuple | list | Tensor) and k != "training"
-    ]
+def _settings(part: Any) -> Any:
+    """The configuration of a component, whatever holds it."""
+    config = getattr(part, "config", {})
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
+    return _plain(config if isinstance(config, Mapping) else getattr(config, "__dict__", {}))
+
+
+def _plain(value: Any) -> Any:
+    """Numbers, words and tensors for JSON; of anything else its kind: an address is no identity.
+
+    Left out of mappings: private names, the mode of a module, and who wrote a configuration.
+    """
+    if isinstance(value, Tensor):
+        return digest([("", value)])
+    if isinstance(value, Mapping):
+        left_out = ("training", "transformers_version", "dtype", "torch_dtype")
+        kept = {str(k): v for k, v in value.items() if str(k) not in left_out}
+        return {k: _plain(v) for k, v in kept.items() if not k.startswith("_")}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def load_teacher(source: Any) -> Teacher:
