@@ -54,8 +54,12 @@ def test_the_run_folder_holds_what_is_promised(trained):
 
 def test_the_same_command_again_is_done_and_other_settings_are_refused(trained):
     folder, _ = trained
+    made = folder / "runs" / "q"
+    (made / "report" / "index.html").unlink()  # as if the report, the last thing, had failed
+    (made / "FAILED").touch()
     again = run("-m", "diffdistill.train", *SETTINGS, cwd=folder)
     assert again.returncode == 0 and "is finished" in again.stdout
+    assert (made / "report" / "index.html").is_file() and not (made / "FAILED").exists()
     other = run("-m", "diffdistill.train", *SETTINGS, "method.ttur=7", cwd=folder)
     assert other.returncode == 2 and "run.name" in other.stderr
 

@@ -90,7 +90,7 @@ def test_sampler_times_are_solver_times():
         lcm.Config(student_steps=4, solver_steps=2).validate()
 
 
-def test_no_time_is_above_the_students_first(monkeypatch):
+def test_no_time_is_above_the_students_first():
     engine = engine_of(SD, solver_steps=20, conditioning_time=799.0)
     assert engine.method.sampler().times == (799.0, 599.0, 399.0, 199.0)
     seen = []

@@ -14,6 +14,7 @@ from diffdistill.parts import consistency, jvp
 from diffdistill.parts.consistency import Consistency, ConsistencyConfig, normalised, tangent
 from diffdistill.parts.rollout import sample
 from diffdistill.parts.trig import Trig, conditional_velocity, mix
+from diffdistill.registry import get_method
 from diffdistill.schedules import DDPM, EDM, RectifiedFlow, TrigFlow
 from diffdistill.testing import (
     PredictionNet,
@@ -222,13 +223,15 @@ def test_9_adaptive_weight_starts_at_its_optimum():
     assert scm.Config(normalise="none").log_weight(teacher).out.bias.item() == 0
 
 
-def test_no_time_is_later_than_the_students_first():
-    teacher = gaussian((0.0,), 0.5, EDM())
+@pytest.mark.parametrize("name", ["scm", "rcm", "tbcm", "sana_sprint"])
+def test_no_time_is_later_than_the_students_first(name):
+    teacher, cls = gaussian((0.0,), 0.5, EDM()), get_method(name)
     x = torch.zeros(10_000, 1)
     for first, want in ((None, 80.0), (40.0, 40.0)):
-        method = scm.SCM(scm.Config(conditioning_time=first, p_mean=2.0), teacher)
+        method = cls(cls.Config(conditioning_time=first), teacher)
         t = method.trig.draw(x, 2.0, 1.4)
         assert method.trig.own(t)[0].max().item() == pytest.approx(want, rel=1e-6)
+        assert method.sampler().times == (pytest.approx(want),)
 
 
 def test_warm_up():
