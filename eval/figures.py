@@ -116,7 +116,7 @@ def poster(title: str, grids: Sequence[tuple[str, Path]], panel: Panel | None, f
 
 def draw(ax: Any, panel: Panel) -> None:
     """One panel. Points that are not finite are left out."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
     ax.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
     values = [level for _, level in panel.levels if math.isfinite(level)]
@@ -140,15 +140,11 @@ def draw(ax: Any, panel: Panel) -> None:
                 label, (1, level), (0, 3), xycoords=place, textcoords="offset points", ha="right",
                 fontsize=7.5, color=DIM,
             )  # fmt: skip
-    plain = FuncFormatter(lambda value, _: short(value))
     if not panel.linear and is_log(values):
-        ax.set_yscale("log")
-        wide = max(values) / min(values) > 300
-        ax.yaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5), numticks=9))
-        ax.yaxis.set_minor_locator(NullLocator())
+        log_axis(ax, values)
     else:
         ax.yaxis.set_major_locator(MaxNLocator(5))
-    ax.yaxis.set_major_formatter(plain)
+        ax.yaxis.set_major_formatter(FuncFormatter(_tick))
     if panel.costs:
         ax.set_xscale("log")
         ticks = sorted({x for line in panel.lines for x, _ in line.points})
@@ -156,7 +152,7 @@ def draw(ax: Any, panel: Panel) -> None:
         ax.xaxis.set_minor_locator(NullLocator())
     else:
         ax.xaxis.set_major_locator(MaxNLocator(5))
-        ax.xaxis.set_major_formatter(plain)
+        ax.xaxis.set_major_formatter(FuncFormatter(_tick))
     ax.margins(0.12 if any(line.texts for line in panel.lines) else 0.05)
     ax.autoscale_view()
     for line in panel.lines:
@@ -184,6 +180,17 @@ def is_log(values: Sequence[float]) -> bool:
     return bool(values) and min(values) > 0 and max(values) / min(values) > 15
 
 
+def log_axis(ax: Any, values: Sequence[float]) -> None:
+    """Logarithmic heights with plain numbers at 1, 2 and 5, or at the powers of ten alone."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    ax.set_yscale("log")
+    wide = max(values) / min(values) > 300
+    ax.yaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5), numticks=9))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(FuncFormatter(_tick))
+
+
 def running_mean(points: Points) -> Points:
     """Means over a window of a twelfth of the points; none where there are few."""
     if len(points) < 24:
@@ -206,6 +213,10 @@ def short(value: float) -> str:
         if abs(value) >= scale:
             return f"{value / scale:.3g}{unit}"
     return f"{value:.3g}"
+
+
+def _tick(value: float, _: int) -> str:
+    return short(value)
 
 
 def _svg(figure: Any) -> str:

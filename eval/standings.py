@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffdistill.eval.figures import log_axis
 from diffdistill.eval.records import comparable
 
 Row = Mapping[str, Any]
@@ -213,8 +214,9 @@ def plot(rows: Iterable[Row], path: Path) -> None:
         axes.minorticks_off()
     if teacher:
         left.axhline(teacher[-1]["metrics"]["fd"], color="k", linestyle="--", linewidth=1)
-    left.set(xlabel="training, minutes", ylabel=NAMES["fd"], yscale="log", xlim=(0, 1.06 * latest))
-    panels[0].set(yscale="log")
+    left.set(xlabel="training, minutes", ylabel=NAMES["fd"], xlim=(0, 1.06 * latest))
+    for axes in (left, panels[0]):
+        log_axis(axes, [height for line in axes.lines for height in line.get_ydata()])
     title = "{teacher}, {budget:,} network passes of training, {protocol}, n = {n}"
     figure.suptitle(title.format_map(group[0]))
     figure.legend(loc="outside right upper", fontsize=8)
