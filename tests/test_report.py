@@ -484,6 +484,15 @@ def test_axes_are_logarithmic_over_decades_only():
         assert ax.get_yscale() == scale
 
 
+def test_logarithmic_axes_have_plain_numbers():
+    ax = axes()
+    ax.plot([1, 2], [1.5, 6.6])
+    figures.log_axis(ax, [1.5, 6.6])
+    ax.figure.draw_without_rendering()
+    labels = [tick.get_text() for tick in ax.yaxis.get_ticklabels(which="both")]
+    assert {"2", "5"} <= set(labels) and not any("$" in label for label in labels)
+
+
 def test_texts_stand_beside_their_line():
     ax = axes()
     line = Line("a", [(0, 0.0), (1, 1.0), (2, 0.0)], texts=["p", "q", "r"])
