@@ -106,7 +106,7 @@ def test_modules_with_tied_weights_are_saved(tmp_path):
             super().__init__()
             self.a = self.b = torch.nn.Conv2d(1, 1, 3, padding=1)
 
-        def forward(self, x, t, cond):
+        def forward(self, x, t):
             return self.b(self.a(x.float()))
 
     teacher = dd.Denoiser(Tied(), schedule=EDM(), prediction="x0", shape=(1, 8, 8))
