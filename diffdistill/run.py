@@ -105,7 +105,7 @@ def execute(
             print(f"{cfg.method_name} on {loaded.name}: {folder}")
             how = runtime.describe(loaded.denoiser.runtime)
             print(f"execution: {how}, {torch.get_num_threads()} threads")
-            print(late + unjudged(cfg, loaded, folder), end="")
+            print(late + unsound(engine, loaded) + unjudged(cfg, loaded, folder), end="")
         started = time.perf_counter()
         calls = callbacks(cfg, engine, loaded, tracker)
         if main and cfg.evaluate.every and loaded.info.get("protocol"):
@@ -355,6 +355,17 @@ def unreached(engine: Engine) -> str:
             )
     late = ", ".join(f"{what} at step {at}" for what, at in begins.items())
     return f"train.steps={steps} ends before: {late}\n" if late else ""
+
+
+def unsound(engine: Engine, teacher: Teacher) -> str:
+    """A line on a teacher that does not denoise the data of this run."""
+    if teacher.family == "tokens":
+        return ""
+    from diffdistill.teachers.check import undenoised
+
+    batch = engine.stream.batch(0, 0, range(min(4, engine.cfg.batch_size)), engine.cfg.batch_size)
+    clean = batch.pair if batch.pair is not None and batch.x is None else batch
+    return undenoised(teacher, clean.x, clean.cond, engine.acc.device)
 
 
 def unjudged(cfg: RunConfig, teacher: Teacher, folder: Path) -> str:

@@ -153,6 +153,27 @@ def test_pictures_of_students_of_many_steps(run, tmp_path):
     assert code == 0, said
 
 
+def test_a_teacher_that_does_not_denoise(run, monkeypatch):
+    from diffdistill.teachers import check, load_teacher
+    from diffdistill.teachers.check import undenoised
+
+    monkeypatch.setattr(check, "LEVELS", (1.0,))  # at sigma 80 a random network is no better than z
+    monkeypatch.setattr(check, "SLACK", 0.5)
+    assert run()[0] == 0 and "does not denoise its data: squared error" in run.out
+    monkeypatch.undo()
+    pipe = load_teacher("shapes-sd").pipe
+    prompts = ["a photo of a red circle", "a photo of three stars"]
+    for kind, sound in (("epsilon", True), ("v_prediction", False), ("sample", False)):
+        pipe.scheduler.register_to_config(prediction_type=kind)
+        given = load_teacher(pipe)
+        given.info |= {"guidance": 3.0, "steps": 10}
+        assert (undenoised(given, None, given.encode(prompts)) == "") == sound, kind
+    edm = load_teacher("fashion-edm")
+    assert undenoised(edm, None, edm.encode([0, 2])) == ""
+    bytes_ = torch.randint(0, 256, (2, 1, 28, 28)).float()  # in place of [-1, 1]
+    assert "prediction_type" in undenoised(edm, bytes_, edm.encode([0, 2]))
+
+
 def test_half_precision_networks(teacher):
     from diffdistill.teachers import load_teacher
 
