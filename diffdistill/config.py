@@ -104,6 +104,8 @@ class RunConfig:
         values = dict(leaves(asdict(self)))
         for key, allowed in RULES.items():
             _check(key, values[key], allowed)
+        for name, allowed in METHOD_RULES.items():
+            _check(f"method.{name}", getattr(self.method, name, None), allowed)
         for role in self.optim:
             for name, allowed in OPTIM_RULES.items():
                 _check(f"optim.{role}.{name}", values[f"optim.{role}.{name}"], allowed)
@@ -152,6 +154,9 @@ RULES = {
     "checkpoint.every": "0 or more", "checkpoint.keep": "1 or more", "log.every": "1 or more",
     "log.samples_every": "0 or more", "evaluate.n": "2 or more", "evaluate.every": "0 or more",
     "threads": "0 or more",
+}  # fmt: skip
+METHOD_RULES = {  # where a method has such an option
+    "student_steps": "1 or more", "ttur": "1 or more", "pairs": "1 or more",
 }  # fmt: skip
 OPTIM_RULES = {
     "lr": "more than 0", "eps": "more than 0", "weight_decay": "0 or more", "clip": "0 or more",

@@ -24,6 +24,7 @@ from __future__ import annotations
 import hashlib
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -213,12 +214,13 @@ class Engine:
             for tensor in (*params, *module.buffers()):
                 torch.distributed.broadcast(tensor.data, 0)
         role = Role(module, optimizer, cfg, params)
-        role.total = max(1, sum(self._count(u) for u in self.updates if name in u.trains))
+        role.total = max(1, sum(self.count(u) for u in self.updates if name in u.trains))
         if name in self.method.students:
             role.ema = {key: Ema(value, module) for key, value in ema.items()}
         return role
 
-    def _count(self, update: Update) -> int:
+    def count(self, update: Update) -> int:
+        """How often an update runs in the whole run."""
         stop = min(self.cfg.steps, update.stop if update.stop is not None else self.cfg.steps)
         first = update.start + (update.offset - update.start) % update.every
         return max(0, -(-(stop - first) // update.every)) * update.repeat
@@ -265,8 +267,8 @@ class Engine:
                     started = time.perf_counter()
         finally:
             bar.close()
-            if previous is not None:
-                signal.signal(signal.SIGTERM, previous)
+            for kind, handler in previous.items():
+                signal.signal(kind, handler)
 
     def _due(self, callbacks: Sequence[Every]) -> list[Every]:
         """Those of this step: all of them at the last one."""
@@ -451,7 +453,7 @@ class Engine:
             self.tracker.log(self.step, values | {"seconds": self.seconds})
 
     def _asked_to_stop(self) -> bool:
-        """Whether any process got SIGTERM; all of them must leave after the same step."""
+        """Whether any process got a signal to stop; all of them must leave after the same step."""
         if self.acc.num_processes > 1:
             flag = torch.tensor(int(self.preempted), device=self.acc.device)
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
@@ -460,12 +462,16 @@ class Engine:
         return self.preempted
 
     def _listen(self):
-        """SIGTERM (preemption): finish the step, save, return."""
+        """SIGTERM (preemption) and a first Ctrl-C: finish the step, save, return.
 
-        def stop(_signal, _frame):
+        Returns the handlers that stood before.
+        """
+
+        def stop(kind, _frame):
             self.preempted = True
+            if kind == signal.SIGINT:
+                signal.signal(kind, signal.default_int_handler)  # a second one stops at once
 
-        try:
-            return signal.signal(signal.SIGTERM, stop)
-        except ValueError:  # not in the main thread
-            return None
+        if threading.current_thread() is not threading.main_thread():
+            return {}
+        return {kind: signal.signal(kind, stop) for kind in (signal.SIGTERM, signal.SIGINT)}

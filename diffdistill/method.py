@@ -71,6 +71,13 @@ class Update:
     offset: int = 0  # below `every`: updates of equal `every` can take turns
     after: Callable[[], None] | None = None  # called behind the optimizer step, without gradients
 
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.repeat < 1 or not 0 <= self.offset < self.every:
+            raise ValueError(
+                f"update {self.name!r}: every={self.every}, repeat={self.repeat}, "
+                f"offset={self.offset}. Allowed: 1 or more, 1 or more, 0 to every - 1"
+            )
+
 
 @dataclass(frozen=True)
 class Transition:

@@ -100,11 +100,12 @@ def execute(
     tracker = Tracker(folder, wandb=cfg.log.wandb, config=asdict(cfg)) if main else None
     try:
         engine = build(cfg, cls, needs, loaded, folder, accelerator, tracker)
+        late = unreached(engine)
         if main:
             print(f"{cfg.method_name} on {loaded.name}: {folder}")
             how = runtime.describe(loaded.denoiser.runtime)
             print(f"execution: {how}, {torch.get_num_threads()} threads")
-            print(unjudged(cfg, loaded, folder), end="")
+            print(late + unsound(engine, loaded) + unjudged(cfg, loaded, folder), end="")
         started = time.perf_counter()
         calls = callbacks(cfg, engine, loaded, tracker)
         if main and cfg.evaluate.every and loaded.info.get("protocol"):
@@ -285,9 +286,10 @@ def callbacks(
     device = engine.acc.device
     _, cond = preview_conditions(teacher, engine.stream)
     cond = {k: v.to(device) for k, v in cond.items()}
-    rng = torch.Generator().manual_seed(0)
+    rng, sampler = torch.Generator().manual_seed(0), engine.method.sampler()
     noise = [
-        torch.randn(PREVIEWS, *teacher.denoiser.shape, generator=rng).to(device) for _ in range(8)
+        torch.randn(PREVIEWS, *teacher.denoiser.shape, generator=rng).to(device)
+        for _ in range(sampling_info(sampler)[0])
     ]
 
     def teacher_grid(engine: Engine) -> None:
@@ -329,6 +331,41 @@ def judging(cfg: RunConfig, teacher: Teacher, folder: Path, argv: list[str]) -> 
             judge(student, folder, engine, cfg.evaluate.n)
 
     return Every(cfg.evaluate.every, judge_now, at_start=False)
+
+
+def unreached(engine: Engine) -> str:
+    """A line on stages that begin after the last step.
+
+    Raises:
+        ValueError: among them is all training of a student.
+    """
+    steps, begins = engine.cfg.steps, {}
+    for update in engine.updates:
+        if not engine.count(update):
+            begins[f"update {update.name!r}"] = update.start
+    for move in engine.transitions:
+        if move.at >= steps:
+            begins[f"{move.source} -> {move.to}"] = move.at
+    for name in engine.method.students:
+        if not any(engine.count(u) for u in engine.updates if name in u.trains):
+            first = min(u.start for u in engine.updates if name in u.trains)
+            raise ValueError(
+                f"train.steps={steps}, but {name} trains from step {first} on only. Set more "
+                "train.steps, or shorter stages before it (options of this method)"
+            )
+    late = ", ".join(f"{what} at step {at}" for what, at in begins.items())
+    return f"train.steps={steps} ends before: {late}\n" if late else ""
+
+
+def unsound(engine: Engine, teacher: Teacher) -> str:
+    """A line on a teacher that does not denoise the data of this run."""
+    if teacher.family == "tokens":
+        return ""
+    from diffdistill.teachers.check import undenoised
+
+    batch = engine.stream.batch(0, 0, range(min(4, engine.cfg.batch_size)), engine.cfg.batch_size)
+    clean = batch.pair if batch.pair is not None and batch.x is None else batch
+    return undenoised(teacher, clean.x, clean.cond, engine.acc.device)
 
 
 def unjudged(cfg: RunConfig, teacher: Teacher, folder: Path) -> str:
@@ -430,7 +467,7 @@ def export(
         if teacher.family == "module":
             student.mkdir(exist_ok=True)
             for name, net in zip(engine.method.students, nets, strict=True):
-                state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
+                state = {k: v.detach().cpu().clone() for k, v in net.state_dict().items()}
                 save_file(state, student / f"{name}.safetensors")
             (student / "diffdistill.json").write_text(json.dumps(info, indent=1))
             write_card(student, info)

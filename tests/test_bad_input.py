@@ -28,6 +28,8 @@ class ProbeConfig(MethodConfig):
     tokens: bool = False
     features: bool = False
     nan_at: int = -1  # step
+    start: int = 0  # of a second update
+    first: int = 0  # step of the first update
 
 
 @register_method("bad_input_probe")
@@ -42,7 +44,9 @@ class Probe(Method):
         return Needs(images=cfg.images, teacher=teacher, features=cfg.features)
 
     def updates(self):
-        return (Update("student", ("student",), self.loss),)
+        first = Update("student", ("student",), self.loss, start=self.cfg.first)
+        late = Update("late", ("student",), self.loss, start=self.cfg.start)
+        return (first, late) if self.cfg.start else (first,)
 
     def loss(self, batch):
         z = torch.randn(batch.size, *batch.shape)
@@ -126,6 +130,60 @@ def test_a_teacher_without_a_protocol_and_skipped_updates_are_told(run, teacher,
     assert f"diffdistill evaluate {student} --protocol NAME, one of: shapes-v1, fashion" in first
     card = (student / "README.md").read_text()
     assert "| skipped updates | 1 of student: their gradients were not finite |" in card
+
+
+def test_stages_behind_the_last_step(run, tmp_path):
+    said = refused(run, "method.first=6")
+    assert "train.steps=6, but student trains from step 6 on only. Set more train.steps" in said
+    code, said = run("method.start=7")
+    assert code == 0, said
+    assert "train.steps=6 ends before: update 'late' at step 7" in run.out
+
+
+def test_options_that_several_methods_share(run):
+    for setting in ("method.student_steps=0", "method.ttur=0"):
+        assert f"{setting.replace('=', ' is ')}. Allowed: 1 or more" in refused(
+            run, "method=dmd", setting
+        )
+    assert "method.pairs is 0. Allowed: 1 or more" in refused(run, "method=kd", "method.pairs=0")
+
+
+def test_pictures_of_students_of_many_steps(run, tmp_path):
+    code, said = run("method=dmd", "method.student_steps=10", "log.samples_every=6")
+    assert code == 0, said
+
+
+def test_a_teacher_that_does_not_denoise(run, monkeypatch):
+    from diffdistill.teachers import check, load_teacher
+    from diffdistill.teachers.check import undenoised
+
+    monkeypatch.setattr(check, "LEVELS", (1.0,))  # at sigma 80 a random network is no better than z
+    monkeypatch.setattr(check, "SLACK", 0.5)
+    assert run()[0] == 0 and "does not denoise its data: squared error" in run.out
+    monkeypatch.undo()
+    pipe = load_teacher("shapes-sd").pipe
+    prompts = ["a photo of a red circle", "a photo of three stars"]
+    for kind, sound in (("epsilon", True), ("v_prediction", False), ("sample", False)):
+        pipe.scheduler.register_to_config(prediction_type=kind)
+        given = load_teacher(pipe)
+        given.info |= {"guidance": 3.0, "steps": 10}
+        assert (undenoised(given, None, given.encode(prompts)) == "") == sound, kind
+    edm = load_teacher("fashion-edm")
+    assert undenoised(edm, None, edm.encode([0, 2])) == ""
+    bytes_ = torch.randint(0, 256, (2, 1, 28, 28)).float()  # in place of [-1, 1]
+    assert "prediction_type" in undenoised(edm, bytes_, edm.encode([0, 2]))
+
+
+def test_half_precision_networks(teacher):
+    from diffdistill.teachers import load_teacher
+
+    pipe = EDMPipeline.from_pretrained(teacher)
+    for dtype in (torch.float16, torch.bfloat16):
+        pipe.unet.to(dtype)
+        with pytest.raises(
+            ValueError, match=r"EDMPipeline' is b?float16.*torch_dtype=torch.float32"
+        ):
+            load_teacher(pipe)
 
 
 def test_missing_prompt_file(run):

@@ -604,17 +604,18 @@ def test_passes_count_training_only():
     assert engine.passes == 8 * (2 * (1 + 2 + 1 + 1) + 2 * (1 + 1))
 
 
-def test_sigterm_saves_and_stops(tmp_path):
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops(tmp_path, kind):
     def updates(m):
         def loss(batch):
             if engines and engines[0].step == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), kind)
             return {"fit": (m.student.w * torch.randn(3) - 2).square().sum()}
 
         yield Update("student", ("student",), loss)
 
     engines: list[Engine] = []
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(kind)
     whole = build(updates, roles=("student",))
     whole.fit()
     first = build(updates, roles=("student",), folder=tmp_path)
@@ -622,11 +623,29 @@ def test_sigterm_saves_and_stops(tmp_path):
     first.fit()
     assert first.preempted and first.step == 4
     assert [p.name for p in first.checkpoints.complete()] == ["step_000004"]
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(kind) == before
     engines.clear()
     second = build(updates, roles=("student",), folder=tmp_path)
     second.fit()
     assert weights(second) == weights(whole) and second.step == 10
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path):
+    def picture(e):
+        if e.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    engine = build(two(pull("student"), pull("critic")), folder=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        engine.fit((Every(2, picture),))
+    assert engine.step == 4 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_updates_that_cannot_take_turns_are_refused():
+    for wrong in ({"every": 0}, {"repeat": 0}, {"every": 2, "offset": 2}, {"offset": -1}):
+        with pytest.raises(ValueError, match=r"update 'student'.*Allowed: 1 or more"):
+            Update("student", ("student",), lambda batch: {}, **wrong)
 
 
 def test_sigterm_during_a_callback_loses_nothing(tmp_path):

@@ -386,3 +386,16 @@ def test_7_guard_sees_nan():
     primals, tangents = given()
     with pytest.raises(ValueError, match="is wrong"):
         check_tangent(lambda x, t: x * math.nan, primals, tangents)
+
+
+def test_7_guard_finds_its_step_for_fast_embeddings():
+    x, t = torch.randn(4, 3), torch.rand(4)
+    along = torch.randn(4, 3), torch.ones(4)
+    for speed in (30.0, 300.0):  # nobody has to say it
+        assert (
+            max(check_tangent(lambda x, t, w=speed: x * (w * t)[:, None].sin(), (x, t), along))
+            < 2e-2
+        )
+    half = lambda x, t: x * ((300 * t).sin() + 0.2 * opaque((300 * t).cos()))[:, None]  # noqa: E731
+    with pytest.raises(ValueError, match=r"primal [01] is wrong"):
+        check_tangent(half, (x, t), along)

@@ -100,6 +100,23 @@ def test_evaluation_does_not_depend_on_the_batch_size(trained):
         evaluate(generator, n=12, metrics=["accuracy"])
 
 
+def test_modules_with_tied_weights_are_saved(tmp_path):
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = self.b = torch.nn.Conv2d(1, 1, 3, padding=1)
+
+        def forward(self, x, t):
+            return self.b(self.a(x.float()))
+
+    teacher = dd.Denoiser(Tied(), schedule=EDM(), prediction="x0", shape=(1, 8, 8))
+    result = dd.distill(
+        teacher, method="dmd", steps=1, out=tmp_path / "t", train__batch_size=2, threads=1,
+        precision__dtype="fp32",
+    )  # fmt: skip
+    assert result.done and result.module.net.a is result.module.net.b
+
+
 def test_any_module_can_be_a_teacher(tmp_path, capsys):
     teacher = gaussian((1.0, -0.5), 0.4, EDM(t_max=5.0))
     result = dd.distill(

@@ -25,7 +25,7 @@ class DerivativeConfig(MethodConfig):
     tangent_warmup: int = 0  # H, steps until the derivative counts in full; 0: from the start
     derivative: Mode = "exact"  # fd: differences; semi: differences in the time alone
     precision: Precision = "fp32"  # of the derivative; bf16 and fp16: exact only
-    frequency: float = 1.0  # highest angular frequency of the time embedding along the path
+    frequency: float = 1.0  # highest angular frequency of the time embedding along the path; fd
 
     def validate(self) -> None:
         if (self.data_std is not None and self.data_std <= 0) or self.frequency <= 0:

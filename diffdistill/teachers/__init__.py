@@ -133,7 +133,7 @@ def load_teacher(source: Any) -> Teacher:
     if isinstance(source, Teacher):
         return source
     if isinstance(source, Denoiser):
-        return _module(source)
+        return _checked(_module(source))
     info: dict[str, Any] = {}
     if isinstance(source, str | Path):
         folder = resolve(source)
@@ -146,7 +146,7 @@ def load_teacher(source: Any) -> Teacher:
     else:
         pipe = source
     info = {"name": str(source) if isinstance(source, str | Path) else type(pipe).__name__} | info
-    return _adapt(pipe, info)
+    return _checked(_adapt(pipe, info))
 
 
 def resolve(source: str | Path) -> str:
@@ -211,6 +211,18 @@ def _load_pipe(folder: str) -> Any:
         if kind not in SUPPORTED:
             raise ValueError(no_adapter(kind))
     return DiffusionPipeline.from_pretrained(folder)
+
+
+def _checked(teacher: Teacher) -> Teacher:
+    kinds = {p.dtype for p in teacher.denoiser.parameters()}
+    if half := kinds & {torch.float16, torch.bfloat16}:
+        kind = str(half.pop()).removeprefix("torch.")
+        raise ValueError(
+            f"the network of teacher {teacher.name!r} is {kind}, and its trained copies would be: "
+            "too coarse for small updates and averages. Load it with torch_dtype=torch.float32; "
+            "precision.dtype=bf16 computes in bfloat16 all the same"
+        )
+    return teacher
 
 
 def _adapt(pipe: Any, info: dict[str, Any]) -> Teacher:
