@@ -399,6 +399,17 @@ def test_9_dropped_conditions_drive_the_student_too(monkeypatch):
     assert drop_conditions(net, cond, 0.999999, torch.empty(6))["text"].mean() == 1
 
 
+@pytest.mark.parametrize("drop", [0.0, 0.1])
+def test_9_guidance_without_a_null_condition_is_refused(drop):
+    teacher = Denoiser(Labelled(), SMALL, "x0", shape=(1,))
+    engine = run_method(
+        "sid", teacher, steps=1, batch_size=4, cond={"label": lambda i: i % 3}, train=False,
+        guidance=2.0, drop=drop,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="needs an unconditional branch.*every guidance to 1"):
+        engine.train_step()
+
+
 def test_the_noise_levels_are_those_of_the_code():
     u = EDM(levels=1001).grid()  # sigma(u) at u = i / 1000
     assert [u[i].item() for i in (0, 400, 800)] == pytest.approx([0.002, 0.96542, 24.408], rel=1e-4)
