@@ -406,7 +406,7 @@ def test_9_guidance_without_a_null_condition_is_refused(drop):
         "sid", teacher, steps=1, batch_size=4, cond={"label": lambda i: i % 3}, train=False,
         guidance=2.0, drop=drop,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="needs an unconditional branch.*every guidance to 1"):
+    with pytest.raises(ValueError, match=r"needs an unconditional branch.*every guidance to 1"):
         engine.train_step()
 
 
