@@ -248,6 +248,7 @@ def test_guidance_and_gan_come_with_the_node_also_early():
     # windows of two steps for nodes 2 and 1, but any gap is below the threshold
     assert scales == pytest.approx([1 + 2 / 3, 1 + 4 / 3] + [3.0] * 4)
     assert gans == [(False, False)] * 2 + [(True, True)] * 4
+    assert engine.roles["discriminator"].updates == 6  # in the windows of nodes 2 and 1, too
     never = images(gan_from_node=0, early_switch=1e-9, options={"gan": 1.0, "ttur": 1})
     never.fit()
     plain = images(gan_from_node=0, options={"gan": 1.0, "ttur": 1})
