@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from diffdistill.denoiser import Denoiser
@@ -325,6 +326,17 @@ def test_approximate_r1_noises_both_inputs_alike():
     engine = make(r1=1.0, r1_noise=0.0)
     engine._unfreeze_only(("discriminator",))
     assert engine.method.critic_loss(engine._micro_batches(0)[0])["r1"].item() == 0
+
+
+def test_student_starts_from_a_folder(tmp_path):
+    save_file(
+        {"mean": torch.tensor([7.0]), "std": torch.tensor([2.0])}, tmp_path / "student.safetensors"
+    )
+    method = run_method(
+        "f_distill", gaussian((0.0,), 1.0), steps=1, train=False, init=str(tmp_path), gan=0.0,
+        divergence="rkl",
+    ).method  # fmt: skip
+    assert method.student.net.mean.item() == 7 and method.fake_score.net.mean.item() == 0
 
 
 def test_warmup_trains_without_the_ratio():
