@@ -26,6 +26,7 @@ from diffdistill.parts.weights import start_from
 from diffdistill.registry import get_method, register_method
 
 SHARED = ("guidance", "student_steps", "conditioning_time")  # set here, handed to the base
+GAPS = ("dmd", "f_distill", "flash_dmd")  # bases whose loss `matching` is half the squared gap
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Config(MethodConfig):
     cfg_per_node: Literal["constant", "interpolated", "teacher_only"] = "interpolated"  # code: 1st
     gan_from_node: int = 0  # highest node with the base's GAN loss; 0: only the teacher's
     student_init: str | None = None  # folder of another student to start from
-    early_switch: float = 0.0  # leave a node below this gap, see `backtracked`; 0: never
+    early_switch: float = 0.0  # leave a node below this gap, see `ahead`; 0: never
 
     def validate(self) -> None:
         if self.n_snapshots < 0 or min(self.record_every, self.iters_per_node, self.path_rank) < 1:
@@ -58,6 +59,12 @@ class Config(MethodConfig):
             )
         if get_method(self.base) is DisBack:
             raise ValueError("method.base=disback cannot wrap itself. Name another method.")
+        if self.early_switch and self.base not in GAPS:
+            raise ValueError(
+                f"method.early_switch={self.early_switch} reads the gap from the loss `matching`, "
+                f"which method.base={self.base} does not have as {', '.join(GAPS)} do. Set "
+                "method.early_switch=0 or one of these bases"
+            )
         self.inner().validate()
 
     def inner(self, node: int = 0) -> MethodConfig:
@@ -130,7 +137,11 @@ class DisBack(Method):
             start, stop = self.window(n)
             updates = [replace(own, loss=partial(self.recorded, own.loss), start=start, stop=stop)]
         for node in reversed(range(max(n, 1))):
-            updates += [v for u in self.at_node[node].updates() if (v := self.within(u, node))]
+            early = node > 0 and self.cfg.early_switch > 0
+            own = self.at_node[0 if early else node].updates()
+            if early:  # the nodes before may come sooner, with their guidance and what they train
+                own = (replace(u, loss=partial(self.ahead, k)) for k, u in enumerate(own))
+            updates += [v for u in own if (v := self.within(u, node))]
         return tuple(updates)
 
     def within(self, update, node: int):
@@ -141,9 +152,7 @@ class DisBack(Method):
         stop = min(stops, default=None)
         if stop is not None and stop <= start:
             return None
-        early = node and self.cfg.early_switch and set(update.trains) & set(self.students)
-        loss = partial(self.backtracked, update.loss) if early else update.loss
-        return replace(update, loss=loss, start=start, stop=stop)
+        return replace(update, start=start, stop=stop)
 
     def transitions(self):
         c, n = self.cfg, self.cfg.n_snapshots
@@ -160,12 +169,16 @@ class DisBack(Method):
     def recorded(self, loss, batch: Batch):
         return {**loss(batch), "_drift": drift(self.fake_score, self.teacher)}
 
-    def backtracked(self, loss, batch: Batch):
-        """The base's student loss; its gap, rms (D_fake - target) / mean |x - target|, may end the
-        node. The gap is read from `matching` = 0.5 gap^2, as of dmd and f_distill."""
-        self.path.early(self.cfg.early_switch, self.target)
-        losses = loss(batch)
-        if "matching" not in losses:
-            raise ValueError(f"method.early_switch reads `matching`, which {self.cfg.base} lacks")
-        self.path.note((2 * losses["matching"].detach()).sqrt())
+    def ahead(self, index: int, batch: Batch):
+        """The loss of a base update at the node that is the target, the clock's or one before it.
+
+        The student's gap, rms (D_fake - target) / mean |x - target|, may end the node. It is read
+        from `matching` = 0.5 gap^2.
+        """
+        moves = set(self.at_node[0].updates()[index].trains) & set(self.students)
+        if moves:
+            self.path.early(self.cfg.early_switch, self.target)
+        losses = self.at_node[int(self.path.node)].updates()[index].loss(batch)
+        if moves:
+            self.path.note((2 * losses["matching"].detach()).sqrt())
         return losses

@@ -26,6 +26,7 @@ from diffdistill.parts import gan, ratio
 from diffdistill.parts.checks import check_student_input, check_times
 from diffdistill.parts.rollout import seen_samples, student_output
 from diffdistill.parts.score import dsm, matching_direction, uniform_times, vsd_surrogate
+from diffdistill.parts.weights import start_from
 from diffdistill.registry import register_method
 from diffdistill.schedules import add_noise, bcast, grid_index
 
@@ -34,6 +35,7 @@ from diffdistill.schedules import add_noise, bcast, grid_index
 class Config(MethodConfig):
     divergence: Literal["rkl", "sf", "js", "sh", "kl", "jf", "neyman", "pearson"] = "js"  # Tab. 1
     guidance: float = 1.0  # of the teacher, u + g (c - u); paper: 1.75 for SD 1.5
+    init: str | None = None  # folder that the student starts from; a student of dmd, say
     student_steps: int = 1
     student_input: Literal["noise", "backward_sim", "noised_data"] = "backward_sim"
     conditioning_time: float | None = None  # of the first step; None: T - 1
@@ -90,7 +92,8 @@ class FDistill(Method):
     def roles(self):
         heads = partial(ratio.ratio_heads, layers=self.cfg.feature_layers, bins=self.cfg.bins)
         critics = {"fake_score": "teacher"} | ({"discriminator": heads} if self.cfg.gan > 0 else {})
-        return {"student": "teacher"} | critics
+        first = start_from(self.cfg.init) if self.cfg.init else "teacher"
+        return {"student": first} | critics
 
     def updates(self):
         cfg, critics = self.cfg, tuple(r for r in self.roles() if r != "student")

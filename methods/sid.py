@@ -17,13 +17,14 @@ Zhou, Gu and Wang, "Few-Step Diffusion via Score identity Distillation", 2505.12
 | Anti-CFG | -1                       | -1                 | 1             |
 
 With k1 or k2 other than 1 a tenth of the conditions are dropped, for the student, too. SiDA:
-alpha=1 gan=0.01, warmup and gan_start worth 100k and 200k images.
+alpha=1 gan=0.01, warmup and gan_start worth 100k and 200k images. SiD2A: init=RUN/student of SiD.
 
 Deviations: losses average over elements, which the papers sum (a constant, but clipping sees it);
 the GAN weights are divided likewise. Both updates of a step see the same conditions. Times lie on
-the schedule's grid. Start noise has unit variance except under EDM, as in every sampler here (code:
-sigma_t eps, 0.93 at t = 625). Non-finite updates are skipped by the engine, not repaired. No
-augmentation. v networks keep their own weight (code: times snr / (snr + 1)).
+the schedule's grid, those of the steps as DMD2 counts them: 625, 468, 312, 155 (code: 156). Start
+noise has unit variance except under EDM, as in every sampler here (code: sigma_t eps, 0.93 at
+t = 625). Non-finite updates are skipped by the engine, not repaired. No augmentation. v networks
+keep their own weight (code: times snr / (snr + 1)).
 """
 
 from dataclasses import dataclass, replace
@@ -38,7 +39,8 @@ from diffdistill.parts.checks import check_times
 from diffdistill.parts.guidance import drop_conditions, unconditional, with_guidance
 from diffdistill.parts.matching import Normaliser, sample_weight, score_identity
 from diffdistill.parts.rollout import student_output
-from diffdistill.parts.score import Times, draw_times, dsm, uniform_times
+from diffdistill.parts.score import Times, draw_times, dsm
+from diffdistill.parts.weights import start_from
 from diffdistill.registry import register_method
 from diffdistill.schedules import add_noise, bcast
 
@@ -57,6 +59,8 @@ class Config(MethodConfig):
     student_steps: int = 1  # K
     conditioning_time: float | None = None  # None: the noisy end; SiD: sigma 2.5, on SD t 625
     renoise: Literal["fresh", "ode"] = "fresh"  # between the steps of a few-step student
+    init: str | None = None  # folder that the student starts from; SiD2A: a student of SiD
+    student_times: Times = "uniform"  # SD, EDM (to 0.8); flow: lognormal
     fake_times: Times = "uniform"  # SD; EDM, flow: lognormal
     p_mean: float = -1.2  # of ln(sigma / alpha), if lognormal; EDM2: -0.4, flow: 0.69
     p_std: float = 1.2  # EDM2: 1.0, flow: 1.6
@@ -95,7 +99,8 @@ class SiD(Method):
         return Needs(images=cfg.gan > 0, features=cfg.gan > 0)
 
     def roles(self):
-        return {"student": "teacher", "fake_score": "teacher"}
+        first = start_from(self.cfg.init) if self.cfg.init else "teacher"
+        return {"student": first, "fake_score": "teacher"}
 
     def updates(self):
         c = self.cfg
@@ -118,6 +123,10 @@ class SiD(Method):
         k = batch.memo["k"]
         return student_output(self.student, self.schedule, batch, self.sampler(), index=k)
 
+    def times(self, kind: Times, x):
+        lognormal, uniform = (self.cfg.p_mean, self.cfg.p_std), (self.cfg.t_low, self.cfg.t_high)
+        return draw_times(kind, self.schedule, x, *(lognormal if kind == "lognormal" else uniform))
+
     def fake(self, z, t, cond, scale: float, adversarial: bool):
         """Guided estimate of the fake score, and its logits, which are never guided."""
         if not adversarial:
@@ -136,8 +145,7 @@ class SiD(Method):
             batch = replace(batch, cond=cond)
         with torch.no_grad():
             x = self.rollout(batch)
-        limits = (cfg.t_low, cfg.t_high) if cfg.fake_times == "uniform" else (cfg.p_mean, cfg.p_std)
-        t, eps = draw_times(cfg.fake_times, self.schedule, x, *limits), torch.randn_like(x)
+        t, eps = self.times(cfg.fake_times, x), torch.randn_like(x)
         found = {}
 
         def predict(z, t, cond):
@@ -158,7 +166,7 @@ class SiD(Method):
 
     def student_loss(self, batch: Batch, adversarial: bool):
         cfg, cond, x = self.cfg, batch.cond, self.rollout(batch)
-        t = uniform_times(self.schedule, x, cfg.t_low, cfg.t_high)
+        t = self.times(cfg.student_times, x)
         z = add_noise(self.schedule, x, torch.randn_like(x), t)  # not detached, nor f, nor g
         f = with_guidance(self.teacher, cfg.guidance)(z, t, cond)
         g, logits = self.fake(z, t, cond, cfg.kappas[1], adversarial)

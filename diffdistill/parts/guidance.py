@@ -33,12 +33,17 @@ def within(plain: Denoise, guided: Denoise, low: float, high: float) -> Denoise:
 
 def unconditional(denoiser: Denoiser) -> Denoise:
     """D with the null condition, whatever the condition. ValueError: the teacher has none."""
+    check_null(denoiser)
+    return lambda z, t, cond: denoiser(z, t, null_like(denoiser, cond, z))
+
+
+def check_null(denoiser: Denoiser) -> None:
+    """ValueError: the teacher has no null condition."""
     if not denoiser.null:
         raise ValueError(
             "this guidance needs an unconditional branch, which this teacher does not have. Set "
             "every guidance to 1."
         )
-    return lambda z, t, cond: denoiser(z, t, null_like(denoiser, cond, z))
 
 
 def null_like(denoiser: Denoiser, cond: Cond, like: Tensor) -> dict[str, Tensor]:
@@ -48,6 +53,8 @@ def null_like(denoiser: Denoiser, cond: Cond, like: Tensor) -> dict[str, Tensor]
 
 def drop_conditions(denoiser: Denoiser, cond: Cond, share: float, like: Tensor) -> Cond:
     """The condition of each sample is replaced by the null one with probability `share`."""
+    if cond:
+        check_null(denoiser)
     dropped = torch.rand(len(like), device=like.device) < share
     null = null_like(denoiser, cond, like)
     wide = {k: dropped.view(-1, *[1] * (v.ndim - 1)) for k, v in cond.items()}

@@ -119,11 +119,12 @@ def ratio_weight(
         index = (position * n).long().clamp(0, n - 1)
         count = over_processes(torch.bincount(index, minlength=n).float())
         total = over_processes(torch.bincount(index, weights=ratio, minlength=n).float())
-        if rate == 0 and count.sum() < 4 * n:
-            warnings.warn(
-                f"{int(count.sum())} samples for {n} bins of time: with ratio_rate=0 a lone "
-                "sample's ratio becomes 1 and the divergence reverse KL. Use a larger micro-batch, "
-                "fewer method.bins, or method.ratio_rate=0.9",
+        if rate == 0 and (count[count > 0] < 4).float().mean() >= 0.5:
+            warnings.warn(  # without numbers of the batch: Python shows it once
+                f"half of the {n} bins of time in use, or more, hold fewer than 4 samples: with "
+                "ratio_rate=0 a lone sample's ratio becomes 1 and the divergence reverse KL. Set "
+                "method.ratio_rate=0.9 or method.bin_space=index, or use fewer method.bins or a "
+                "larger micro-batch",
                 stacklevel=2,
             )
         mean = torch.where(count > 0, total / count.clamp_min(1), bins)

@@ -167,6 +167,65 @@ def test_ground_truth_velocity_is_the_mean_of_the_ordinary_target():
     torch.testing.assert_close(teacher_velocity(z, t, (log_p, codes)), want)
 
 
+def student_slope(monkeypatch, eps, floor, change=lambda method: None):
+    """(loss, slope in q) of the method itself: one batch of q = 1, t = .5, alpha 1.
+
+    Codes -1 and 1, teacher (.5, .5), and a fake score that is exact for a student of (.9, .1).
+    """
+    method = (engine := engine_of(table([0.5] * 2, [[0.5] * 2] * 2, [[-1.0], [1.0]]))).method
+    q = torch.ones(8, 2, 1, requires_grad=True)
+    method.generate = lambda batch: q
+    p = torch.tensor([0.9, 0.1]).log(), method.teacher.codebook
+    method.fake_score.net.velocity = lambda z, t, f: teacher_velocity(z, t, p)
+    method.cfg.t_low = method.cfg.t_high = 0.5
+    method.cfg.floor = floor  # so that the weight is 1
+    change(method)
+    batch = engine._micro_batches(0)[0]
+    monkeypatch.setattr(torch, "randn", lambda *shape, **_: torch.full(shape, eps))
+    loss = method.student_loss(batch)["sid"]
+    return loss.item(), torch.autograd.grad(loss, q)[0].sum().item()
+
+
+def without_z(method):
+    times = method.times
+    method.times = lambda q: times(q.detach())
+
+
+def without_the_head(method):
+    method.fake_score.velocity = torch.no_grad()(method.fake_score.velocity)
+
+
+HAND = [(-1.0, 0.0, -1.44, -1.664), (0.5, 0.905148, -0.324293, 0.341012)]  # eps, floor, L, slope
+
+
+@pytest.mark.parametrize(("eps", "floor", "loss", "slope"), HAND)
+def test_the_student_loss_by_hand(monkeypatch, eps, floor, loss, slope):
+    assert student_slope(monkeypatch, eps, floor) == pytest.approx((loss, slope), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("detached", "slopes"),
+    [(without_z, (-0.8, -0.524012)), (without_the_head, (-1.3, -0.064407))],
+)
+def test_the_student_loss_with_a_part_detached_is_wrong(monkeypatch, detached, slopes):
+    for (eps, floor, loss, right), want in zip(HAND, slopes, strict=True):
+        found = student_slope(monkeypatch, eps, floor, detached)
+        assert found == pytest.approx((loss, want), abs=1e-5)
+        assert abs(found[1] - right) > 0.3
+
+
+def test_the_teacher_is_guided_in_both_losses(monkeypatch):
+    from diffdistill.methods import dd2
+
+    seen = []
+    monkeypatch.setattr(dd2, "conditionals", lambda *a: seen.append(a[3]) or conditionals(*a))
+    engine = engine_of(tiny_tokens().model(), guidance=2.5)
+    batch = engine._micro_batches(0)[0]
+    engine.method.model_loss(batch)
+    engine.method.student_loss(batch)
+    assert seen == [2.5, 2.5]
+
+
 # ---- who feels what ---------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffdistill.denoiser import Denoiser
-from diffdistill.methods import disback
+from diffdistill.methods import disback, dmd
 from diffdistill.parts.options import build_config
 from diffdistill.parts.path import SnapshotPath, drift
 from diffdistill.parts.score import dsm, matching_direction
@@ -87,10 +87,10 @@ def followed(engine):
 
 
 def noting(update, seen, method):
-    at = getattr(update.loss, "__self__", None) or update.loss.args[0].__self__
-
     def loss(batch):
         losses = update.loss(batch)
+        own = update.loss.__self__ if hasattr(update.loss, "__self__") else None
+        at = own or method.at_node[int(method.path.node)]  # ahead of the clock, perhaps
         node = method.at_node.index(at)
         seen.append((node, mean_of(at.teacher), at.teacher is method.teacher))
         return losses
@@ -228,8 +228,33 @@ def test_early_switch_follows_the_gap():
     means = [mean for _, mean, _ in seen]
     # any gap is below 10: a node lasts one step, and the teacher comes before its time
     assert means[0] > means[1] > means[2] == 0 and set(means[2:]) == {0.0}
+    assert [node for node, _, _ in seen] == [2, 1] + [0] * (len(seen) - 2)
     never = followed(run(40, early_switch=1e-9, iters_per_node=8))
     assert [m for _, m, _ in never][:16] == [never[0][1]] * 8 + [never[8][1]] * 8
+
+
+def test_guidance_and_gan_come_with_the_node_also_early():
+    """Left early, node 2 is followed by the guidance and the GAN of the nodes before it."""
+    engine = images(
+        gan_from_node=0, guidance=3.0, early_switch=1e9, options={"gan": 1.0, "ttur": 1}
+    )
+    scales, given, gans = [], dmd.guided, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dmd, "guided", lambda net, s: scales.append(s) or given(net, s))
+        for _ in range(9):
+            logs = engine.train_step()
+            if "student/matching" in logs:
+                gans.append(("student/gan" in logs, "fake_score/gan" in logs))
+    # windows of two steps for nodes 2 and 1, but any gap is below the threshold
+    assert scales == pytest.approx([1 + 2 / 3, 1 + 4 / 3] + [3.0] * 4)
+    assert gans == [(False, False)] * 2 + [(True, True)] * 4
+    assert engine.roles["discriminator"].updates == 6  # in the windows of nodes 2 and 1, too
+    never = images(gan_from_node=0, early_switch=1e-9, options={"gan": 1.0, "ttur": 1})
+    never.fit()
+    plain = images(gan_from_node=0, options={"gan": 1.0, "ttur": 1})
+    plain.fit()
+    for name, role in plain.roles.items():
+        assert all(map(torch.equal, role.params, never.roles[name].params)), name
 
 
 def test_a_continued_run_is_the_same_run(tmp_path):
@@ -346,6 +371,7 @@ def test_student_starts_from_a_folder(tmp_path):
         ({"options": {"guidance": 2.0}}, "Set method.guidance instead"),
         ({"options": {"regression": 0.1}, "student_steps": 2}, "regression trains one step"),
         ({"n_snapshots": -1}, "0 or more snapshots"),
+        ({"base": "sid", "early_switch": 0.1}, "base=sid does not have as dmd, f_distill"),
         ({"gan_from_node": 4}, "0 to n_snapshots - 1"),
         ({"base": "kd", "student_steps": 2}, "not an option of method.base=kd"),
     ],

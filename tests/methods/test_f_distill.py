@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from diffdistill.denoiser import Denoiser
@@ -107,16 +108,43 @@ def test_4_bins_remember_at_their_rate_and_only_where_samples_fell():
     assert bins.tolist() == pytest.approx([1.5, 2.5, 5.0])
 
 
+def test_4_clipping_after_normalising_is_wrong():
+    """r = (1e9, 1) in one bin: clipped to (20, 1) first, the mean is 10.5; js."""
+    bins = torch.ones(1)
+    h = h_of([1e9, 1.0], "js", bins)
+    assert bins.item() == pytest.approx(10.5)
+    assert h.tolist() == pytest.approx([1.765834, 0.234166], abs=1e-5)
+    r = torch.tensor([1e9, 1.0])
+    for last in (r / r.mean()).clamp(0.1, 20), r / r.mean():  # clipped behind, and never
+        wrong = WEIGHTS["js"](last)
+        assert (wrong / wrong.mean() - h).abs().min() > 3e-3
+
+
 def test_5_one_sample_per_bin_degenerates_and_warns():
     ratios = torch.linspace(0.3, 4, 10)
     position = (torch.arange(10) + 0.5) / 10
-    with pytest.warns(UserWarning, match="10 samples for 10 bins"):
+    with pytest.warns(UserWarning, match="half of the 10 bins"):
         h = ratio_weight(ratios.log()[:, None], position, "kl", torch.ones(10))
     torch.testing.assert_close(h, torch.ones(10))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # with a memory the same batch keeps its differences
         h = ratio_weight(ratios.log()[:, None], position, "kl", torch.ones(10), rate=0.9)
     assert h.max() > 2 * h.min()
+
+
+def test_5_many_samples_in_few_of_the_bins_warn_once_with_the_remedy():
+    """Under EDM most bins of t hold next to nothing, though 64 samples are many for 10 bins."""
+    draws = EDM().grid()[torch.linspace(20, 980, 64).long()]
+    even = torch.arange(64) / 64
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            ratio_weight(torch.randn(64, 1), draws / 80, "kl", torch.ones(10))
+        ratio_weight(torch.randn(64, 1), even, "kl", torch.ones(10))
+        ratio_weight(torch.randn(64, 1), even.clamp(max=0.2), "kl", torch.ones(10))
+        ratio_weight(torch.randn(64, 1), draws / 80, "kl", torch.ones(10), rate=0.5)
+    (said,) = found
+    assert "method.ratio_rate=0.9 or method.bin_space=index" in str(said.message)
 
 
 @pytest.mark.parametrize("options", [{}, {"student_steps": 2}, {"renoise": "ode", "ttur": 1}])
@@ -298,6 +326,17 @@ def test_approximate_r1_noises_both_inputs_alike():
     engine = make(r1=1.0, r1_noise=0.0)
     engine._unfreeze_only(("discriminator",))
     assert engine.method.critic_loss(engine._micro_batches(0)[0])["r1"].item() == 0
+
+
+def test_student_starts_from_a_folder(tmp_path):
+    save_file(
+        {"mean": torch.tensor([7.0]), "std": torch.tensor([2.0])}, tmp_path / "student.safetensors"
+    )
+    method = run_method(
+        "f_distill", gaussian((0.0,), 1.0), steps=1, train=False, init=str(tmp_path), gan=0.0,
+        divergence="rkl",
+    ).method  # fmt: skip
+    assert method.student.net.mean.item() == 7 and method.fake_score.net.mean.item() == 0
 
 
 def test_warmup_trains_without_the_ratio():

@@ -669,6 +669,28 @@ def test_needs_and_roles_follow_the_options(monkeypatch, up):
     assert [flash_dmd.Config(student_steps=k, gan=0.0).high for k in (1, 2, 3, 4)] == [1, 1, 1, 2]
 
 
+class Shifted(nn.Module):
+    """Its estimate is its condition."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(1))
+
+    def forward(self, z, t, shift):
+        return self.mean + shift + 0 * z
+
+
+def test_the_teacher_is_guided_and_the_fake_score_is_not():
+    null = {"shift": torch.zeros(1, 1)}
+    engine = run_method(
+        "flash_dmd", Denoiser(Shifted(), SMALL, "x0", shape=(1,), null_cond=null), steps=1,
+        batch_size=4, cond={"shift": lambda i: torch.ones(len(i), 1)}, train=False, gan=0.0,
+        guidance=3.0,
+    )  # fmt: skip
+    losses = engine.method.student_loss(engine._micro_batches(0)[0])
+    assert losses["_gap"].item() == pytest.approx(2.0)  # |1 - 3|; both guided: 0
+
+
 def test_matching_times_may_be_the_noisier_half(monkeypatch):
     seen, draw = [], flash_dmd.uniform_times
     monkeypatch.setattr(

@@ -414,6 +414,48 @@ def test_the_gradient_goes_to_the_clean_estimate_of_one_step(monkeypatch):
     assert method.student.net.mean.grad is not None and method.student_2.net.mean.grad is None
 
 
+class Shifted(torch.nn.Module):
+    """Its estimate is its condition."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, z, t, shift):
+        return self.mean + shift + 0 * z
+
+
+@pytest.mark.parametrize("phase", [0, 1])
+def test_the_teacher_is_guided_and_the_fake_score_is_not(phase):
+    null = {"shift": torch.zeros(1, 1)}
+    engine = run_method(
+        "phased_dmd", Denoiser(Shifted(), SMALL, "x0", shape=(1,), null_cond=null), steps=1,
+        batch_size=4, cond={"shift": lambda i: torch.ones(len(i), 1)}, train=False, guidance=3.0,
+    )  # fmt: skip
+    losses = engine.method.student_loss(engine._micro_batches(0)[0], phase)
+    assert losses["_gap"].item() == pytest.approx(2.0)  # |1 - 3|; both guided: 0
+
+
+def test_times_of_both_updates_in_each_phase(monkeypatch):
+    """The student's have limits, the fake score's only the margin above the phase's end."""
+    seen = []
+
+    def record(schedule, like, s, low=0.0, high=1.0, margin=0.0):
+        seen.append((s, low, high, margin))
+        return interval_times(schedule, like, s, low, high, margin)
+
+    monkeypatch.setattr(phased_dmd, "interval_times", record)
+    engine = run(1, train=False, t_low=0.1, t_high=0.9, margin=0.05)
+    method, batch = engine.method, engine._micro_batches(0)[0]
+    for phase in (0, 1):
+        method.student_loss(batch, phase)
+        method.fake_score_loss(batch, phase)
+    s = method.sampler().times[2]
+    assert seen == [
+        (s, 0.1, 0.9, 0.05), (s, 0.0, 1.0, 0.05), (None, 0.1, 0.9, 0.05), (None, 0.0, 1.0, 0.05)
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

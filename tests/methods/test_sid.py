@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from diffdistill.denoiser import Denoiser
@@ -34,8 +35,8 @@ def world(monkeypatch, a=0.5, b=0.3, m=1.0, s=1.0, schedule=None, t=0.8, **optio
         method.fake_score.net.mean.fill_(b)
         method.fake_score.net.std.fill_(a)
     method.rollout = lambda batch: params[1] + params[0] * ZETA
-    times = lambda s, x, *r: torch.full((len(x),), t, dtype=torch.float64)  # noqa: E731
-    monkeypatch.setattr(sid, "uniform_times", times)
+    times = lambda kind, s, x, *r: torch.full((len(x),), t, dtype=torch.float64)  # noqa: E731
+    monkeypatch.setattr(sid, "draw_times", times)
     monkeypatch.setattr(torch, "randn_like", lambda x: NOISE)
     return method, engine._micro_batches(0)[0], params
 
@@ -282,7 +283,8 @@ def test_8_one_step_index_per_iteration(monkeypatch):
 
 
 def test_8_times_of_the_steps():
-    assert student_times(SD, 4, 625.0)[:3] == (625.0, 468.0, 312.0)
+    # SiD truncates 625 i / 4, which ends with 156; the common rule counts 626 levels, as DMD2
+    assert student_times(SD, 4, 625.0) == (625.0, 468.0, 312.0, 155.0)
     ratio = SD.sigma(torch.tensor(625.0)) / SD.alpha(torch.tensor(625.0))
     assert ratio.item() == pytest.approx(2.5017, abs=1e-3)  # EDM's 2.5
 
@@ -399,6 +401,17 @@ def test_9_dropped_conditions_drive_the_student_too(monkeypatch):
     assert drop_conditions(net, cond, 0.999999, torch.empty(6))["text"].mean() == 1
 
 
+@pytest.mark.parametrize("drop", [0.0, 0.1])
+def test_9_guidance_without_a_null_condition_is_refused(drop):
+    teacher = Denoiser(Labelled(), SMALL, "x0", shape=(1,))
+    engine = run_method(
+        "sid", teacher, steps=1, batch_size=4, cond={"label": lambda i: i % 3}, train=False,
+        guidance=2.0, drop=drop,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"needs an unconditional branch.*every guidance to 1"):
+        engine.train_step()
+
+
 def test_the_noise_levels_are_those_of_the_code():
     u = EDM(levels=1001).grid()  # sigma(u) at u = i / 1000
     assert [u[i].item() for i in (0, 400, 800)] == pytest.approx([0.002, 0.96542, 24.408], rel=1e-4)
@@ -428,13 +441,32 @@ def test_options_reach_sampler_updates_and_weights(monkeypatch):
     ],
 )
 def test_times_of_the_fake_score(monkeypatch, options, limits):
+    assert drawn_times(monkeypatch, options)["fake_score"] == [limits]
+
+
+@pytest.mark.parametrize(
+    ("options", "limits"),
+    [
+        ({"t_low": 0.1, "t_high": 0.5, "fake_times": "lognormal"}, ("uniform", 0.1, 0.5)),
+        ({"student_times": "lognormal", "p_mean": -0.4}, ("lognormal", -0.4, 1.2)),
+    ],
+)
+def test_times_of_the_student(monkeypatch, options, limits):
+    assert drawn_times(monkeypatch, options)["student"] == [limits]
+
+
+def drawn_times(monkeypatch, options):
+    """What each update asks for."""
     engine = run_method("sid", gaussian((0.0,), 1.0), steps=1, train=False, **options)
-    seen = []
-    monkeypatch.setattr(
-        sid, "draw_times", lambda k, s, x, *a: seen.append((k, *a)) or draw_times(k, s, x, *a)
-    )
-    engine.method.fake_score_loss(engine._micro_batches(0)[0])
-    assert seen == [limits]
+    batch, found = engine._micro_batches(0)[0], {}
+    for update in engine.method.updates():
+        seen = found.setdefault(update.name, [])
+        monkeypatch.setattr(
+            sid, "draw_times",
+            lambda k, s, x, *a, seen=seen: seen.append((k, *a)) or draw_times(k, s, x, *a),
+        )  # fmt: skip
+        update.loss(batch)
+    return found
 
 
 def test_the_critic_without_weights_is_the_plain_mean(monkeypatch):
@@ -442,6 +474,16 @@ def test_the_critic_without_weights_is_the_plain_mean(monkeypatch):
     monkeypatch.setattr(gan, "pooled_logits", lambda f: torch.zeros(8, 4, 4))
     losses = engine.method.fake_score_loss(engine._micro_batches(0)[0])
     assert losses["gan"].item() == pytest.approx(2 * math.log(2), rel=1e-5)
+
+
+def test_student_starts_from_a_folder(tmp_path):
+    save_file(
+        {"mean": torch.tensor([7.0]), "std": torch.tensor([2.0])}, tmp_path / "student.safetensors"
+    )
+    method = run_method(
+        "sid", gaussian((0.0,), 1.0), steps=1, train=False, init=str(tmp_path)
+    ).method  # fmt: skip
+    assert method.student.net.mean.item() == 7 and method.fake_score.net.mean.item() == 0
 
 
 def distilled(**options):
