@@ -13,7 +13,8 @@ def distill(teacher: Any, *, method: str, steps: int, out: str | Path, **overrid
     """Distil a teacher and return the finished run; that of a `Denoiser` has `module`.
 
     Args:
-        teacher: what `load_teacher` gives or takes, or a `Denoiser` with a sample shape.
+        teacher: what `load_teacher` gives or takes, or a `Denoiser` with a sample shape, whose
+            images are in [-1, 1].
         steps: engine steps.
         out: the run folder.
         overrides: configuration keys with "__" for ".": train__batch_size=32.
