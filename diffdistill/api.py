@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from diffdistill.config import compose
+from diffdistill.config import argument, compose, plain
 from diffdistill.run import Result, execute
 
 
@@ -13,20 +13,28 @@ def distill(teacher: Any, *, method: str, steps: int, out: str | Path, **overrid
     """Distil a teacher and return the finished run; that of a `Denoiser` has `module`.
 
     Args:
-        teacher: what `load_teacher` gives or takes, or a `Denoiser` with a sample shape.
+        teacher: what `load_teacher` gives or takes, or a `Denoiser` with a sample shape, whose
+            images are in [-1, 1].
         steps: engine steps.
         out: the run folder.
-        overrides: configuration keys with "__" for ".": train__batch_size=32.
+        overrides: configuration keys with "__" for ".": train__batch_size=32. Their values are
+            taken as they stand.
+
+    Raises:
+        ValueError: a setting is unknown, of another type, or out of its range; `out` has no name.
     """
-    out = Path(out)
-    name = getattr(teacher, "name", teacher if isinstance(teacher, str | Path) else "given")
-    argv = [
-        f"teacher.name={name}",
-        f"method={method}",
-        f"train.steps={steps}",
-        f"run.root={out.parent}",
-        f"run.name={out.name}",
-        *(f"{key.replace('__', '.')}={value}" for key, value in overrides.items()),
-    ]
-    cfg, provenance = compose(argv)
+    folder = Path(out)
+    if folder.name in ("", ".."):
+        raise ValueError(f"out is {str(out)!r}. Give a folder with a name, such as 'runs/{method}'")
+    named = isinstance(teacher, str | Path)
+    settings = {
+        "teacher.name": str(teacher) if named else getattr(teacher, "name", "given"),
+        "method": method,
+        "train.steps": steps,
+        "run.root": folder.parent,
+        "run.name": folder.name,
+        **{key.replace("__", "."): value for key, value in overrides.items()},
+    }
+    cfg, provenance = compose([], settings)
+    argv = [argument(key, plain(key, value)) for key, value in settings.items()]
     return execute(cfg, provenance, teacher=teacher, argv=argv)

@@ -8,7 +8,8 @@ Later wins:
     key=value on the command line
 
 `teacher=NAME`, `data=NAME`, `method=NAME` and `recipe=NAME` pick a file; every other `key=value`
-sets a field. A part picked on the command line replaces what the recipe says about that part.
+sets a field; a text is taken as it stands, any other value as yaml. A part picked on the command
+line replaces what the recipe says about that part.
 `recipe=` also takes a path: a recipe of one's own, or the config.yaml of a run.
 """
 
@@ -17,11 +18,13 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -36,6 +39,7 @@ from diffdistill.registry import get_method, method_names, unknown
 from diffdistill.runtime import PrecisionConfig
 
 PARTS = ("teacher", "data", "method")
+SINGLE = ("method_name", "report", "threads")  # fields of no section
 # what decides the student: a run cannot be continued with other values of these
 IDENTITY = (*PARTS, "method_name", "train", "optim", "ema", "lora", "precision")
 
@@ -225,9 +229,16 @@ def _recipe(name: str) -> tuple[str, dict]:
 # ---- compose ----------------------------------------------------------------------------
 
 
-def compose(argv: Sequence[str]) -> tuple[RunConfig, dict[str, str]]:
-    """`key=value` arguments -> (validated configuration, dotted key -> what set it)."""
-    picked, overrides = _split(argv)
+def compose(
+    argv: Sequence[str], typed: Mapping[str, Any] | None = None
+) -> tuple[RunConfig, dict[str, str]]:
+    """`key=value` arguments -> (validated configuration, dotted key -> what set it).
+
+    Args:
+        typed: dotted key -> value, as from Python: nothing in it is read as yaml. It wins.
+    """
+    given = {key: plain(key, value) for key, value in (typed or {}).items()}
+    picked, overrides = _split([*argv, *(f"{k}={v}" for k, v in given.items())])
     source, recipe = _recipe(picked["recipe"]) if "recipe" in picked else ("", {})
     use = recipe.pop("use", None) or {}
     if not isinstance(use, dict) or (stray := set(use) - set(PARTS)):
@@ -250,7 +261,11 @@ def compose(argv: Sequence[str]) -> tuple[RunConfig, dict[str, str]]:
     node.method_name = method
     provenance = {"method_name": "command line" if "method" in picked else source}
     layers = [_part(group, name) for group, name in parts.items()] + [(source, recipe)]
-    layers += [("command line", _override(k, v)) for k, v in overrides.items()]
+    for key, value in overrides.items():
+        if key in given:
+            layers.append(("distill", _nested(key, given[key])))
+        else:
+            layers.append(("command line", _override(key, value, node)))
     for where, layer in layers:
         node = _merge(node, layer, where)
         provenance.update(dict.fromkeys((key for key, _ in leaves(layer)), where))
@@ -275,13 +290,74 @@ def _split(argv: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
             raise ValueError(f"cannot read {argument!r}. Give key=value, such as train.steps=2000")
         if key == "method_name":
             raise ValueError("method_name follows from the method. Give method=NAME")
+        if key in (f.name for f in fields(RunConfig) if f.name not in (*PARTS, *SINGLE)):
+            raise ValueError(f"{key} is a section. Set one of its fields: {key}.FIELD={value}")
         (picked if key in (*PARTS, "recipe") else overrides)[key] = value
     return picked, overrides
 
 
-def _override(key: str, value: str) -> dict:
-    if key in (f.name for f in fields(RunConfig) if f.name not in ("report", "threads")):
-        raise ValueError(f"{key} is a section. Set one of its fields: {key}.FIELD={value}")
+def plain(key: str, value: Any) -> Any:
+    """A value from Python as a configuration holds it: numbers of numpy and paths are its, too."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, Integral | Real):
+        return int(value) if isinstance(value, Integral) else float(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {str(k): plain(key, v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(key, v) for v in value]
+    raise ValueError(
+        f"{key} is a {type(value).__name__}. Allowed: text, numbers, True, False, None, paths, and "
+        "lists of them"
+    )
+
+
+def argument(key: str, value: Any) -> str:
+    """A plain value as an argument that `compose` reads back."""
+    odd = isinstance(value, str) and (value == "null" or value[:1] in ("'", '"'))
+    as_it_stands = isinstance(value, str) and not odd
+    return f"{key}={value if as_it_stands else json.dumps(value, ensure_ascii=False)}"
+
+
+def _nested(key: str, value: Any) -> dict:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _kind(key: str, node: DictConfig) -> Any:
+    """The type of a field; None: there is no such field."""
+    kind: Any = RunConfig
+    for part in key.split("."):
+        if is_dataclass(kind):
+            kind = get_type_hints(kind).get(part)
+        elif get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+        else:
+            return None
+        if kind is MethodConfig:
+            kind = OmegaConf.get_type(node, "method")
+    return kind
+
+
+def _text(key: str, value: str, kind: Any) -> str | None:
+    """A text as it stands, without quotes around it; null is None where that is allowed."""
+    if kind is not str and value == "null":
+        return None
+    if value[:1] in ("'", '"') and value[-1] == value[0] and len(value) > 1:
+        try:
+            return str(yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise ValueError(f"cannot read the quotes of {key}={value}") from error
+    return value
+
+
+def _override(key: str, value: str, node: DictConfig) -> dict:
+    kind = _kind(key, node)
+    if kind in (str, str | None):
+        return _nested(key, _text(key, value, kind))
     if value.lower() in ("on", "off", "yes", "no"):  # booleans to yaml; the field decides
         value = f"'{value}'"
     try:
@@ -314,7 +390,7 @@ def _finish(cfg: RunConfig, picked: dict, overrides: dict, provenance: dict[str,
     for section, key in ((cfg.run, "root"), (cfg.data, "prompts"), (cfg.data, "folder")):
         if (value := getattr(section, key)) is not None:
             setattr(section, key, str(Path(value).expanduser()))
-    if "run.name" in overrides:
+    if "run.name" in overrides and cfg.run.name is not None:
         return
     name = cfg.run.name
     if name is None:
@@ -337,7 +413,7 @@ def leaves(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def to_yaml(cfg: RunConfig) -> str:
     """The text of a run's config.yaml; `compose(["recipe=PATH"])` reads it back."""
-    return yaml.safe_dump(json.loads(json.dumps(asdict(cfg))), sort_keys=False)
+    return OmegaConf.to_yaml(OmegaConf.create(json.loads(json.dumps(asdict(cfg)))))
 
 
 def differences(earlier: RunConfig, now: RunConfig) -> list[str]:

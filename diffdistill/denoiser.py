@@ -64,7 +64,8 @@ class Denoiser(nn.Module):
 
     Args:
         net: called as net(z, t, **cond); returns what `prediction` says, shape of z.
-        shape: of one sample, without the batch dimension.
+        shape: of one sample, without the batch dimension. As a teacher, its samples [C, H, W] are
+            pixels in [-1, 1]: so `data.folder` is given to it, and so previews are drawn.
         null_cond: one unconditional sample of `cond` (leading dimension 1), for guidance.
         feature_layer: name of the sub-module of `net` whose output discriminators read.
         feature_map: (output of such a sub-module, z) -> activation [B, C, h, w].

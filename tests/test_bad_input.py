@@ -60,12 +60,12 @@ def teacher(tmp_path_factory):
     """The folder of a class-conditional pipeline of 14 x 14 grey images."""
     torch.manual_seed(0)
     unet = UNet2DModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, num_class_embeds=11,
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, num_class_embeds=3,
         block_out_channels=(8, 8), norm_num_groups=4, attention_head_dim=4,
         down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
     ).eval()  # fmt: skip
     folder = tmp_path_factory.mktemp("teacher")
-    EDMPipeline(unet, HeunEDMScheduler(2), size=14, fold=2, num_classes=10).save_pretrained(folder)
+    EDMPipeline(unet, HeunEDMScheduler(2), size=14, fold=2, num_classes=2).save_pretrained(folder)
     return folder
 
 
@@ -215,9 +215,21 @@ def test_corrupted_image_is_named(run, images, tmp_path, content):
     folder.mkdir(parents=True)
     good = (images / "a" / "0.png").read_bytes()
     (folder / "good.png").write_bytes(good)
+    (tmp_path / "bad" / "b").mkdir()
+    (tmp_path / "bad" / "b" / "other.png").write_bytes(good)
     (folder / "torn.png").write_bytes(good[: len(good) // 2] if content == "half" else content)
     said = refused(run, f"data.folder={tmp_path}/bad", "method.images=true")
     assert "torn.png" in said and "good.png" not in said
+
+
+@pytest.mark.parametrize("names", [[""], ["a"], ["a", "b", "c"], ["a", "b", ""]])
+def test_sub_folders_that_are_not_the_classes(run, images, tmp_path, names):
+    for name in names:
+        (tmp_path / "odd" / name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(images / "a" / "0.png", tmp_path / "odd" / name)
+    said = refused(run, f"data.folder={tmp_path}/odd")
+    told = "0.png is in no sub-folder" if "" in names else f"has {len(names)} sub-folders with"
+    assert told in said and "2 classes" in said and "in alphabetical order" in said
 
 
 def test_unwritable_folder(run):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pathlib
 from dataclasses import asdict, dataclass, replace
 
+import numpy as np
 import pytest
 import yaml
 
@@ -157,6 +159,64 @@ def test_numbers():
     assert cfg.train.steps == 10_000
     assert cfg.method.gan_weight == 2.0 and type(cfg.method.gan_weight) is float
     assert cfg.optim["a"].lr == 1e-4
+
+
+TEXTS = ["001", "1e3", "1_0", "a #b", ".", "{x}", "[a", "off", "a: b", "~", "it's", "2026-01-02"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_are_taken_as_they_stand(text, tmp_path):
+    cfg, _ = compose([*PROBE, f"teacher.name={text}"])
+    assert cfg.teacher.name == text
+    assert compose([*PROBE, f'teacher.name="{text}"'])[0].teacher.name == text
+    (tmp_path / "config.yaml").write_text(to_yaml(cfg))
+    assert compose([f"recipe={tmp_path}/config.yaml"])[0].teacher.name == text
+
+
+def test_null_is_none_where_a_text_may_be_missing():
+    cfg, _ = compose([*PROBE, "run.name=null", "data.folder=null", "run.root=null"])
+    assert cfg.run.name.startswith("config_probe_shapes-sd") and cfg.data.folder is None
+    assert cfg.run.root == "null"
+    assert "'null' does not exist" in message([*PROBE, "data=folder", "data.folder='null'"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "want"),
+    [
+        *(("teacher.name", text, text) for text in [*TEXTS, "null", "'a'", '"a', "'", "None"]),
+        ("run.root", pathlib.Path("./007"), "007"),
+        ("evaluate.n", None, None),
+        ("evaluate.n", np.int64(7), 7),
+        ("train.steps", "12", 12),
+        ("method.gan_weight", np.float32(0.5), 0.5),
+        ("method.times", (3, 4), (3, 4)),
+        ("optim.a.lr", 1e-5, 1e-5),
+        ("report", False, False),
+        ("precision.channels_last", "off", "off"),
+    ],
+)
+def test_values_from_python_are_not_read_as_yaml(key, value, want):
+    cfg, provenance = compose([*PROBE, "run.name=x"], {key: value})
+    assert dict(leaves(asdict(cfg)))[key] == want and provenance[key] == "distill"
+    again, _ = compose([*PROBE, "run.name=x", config.argument(key, config.plain(key, value))])
+    assert again == cfg
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("train.steps", None, ["train.steps", "None"]),
+        ("train.steps", 1.5, ["train.steps", "Integer"]),
+        ("train.stepz", 1, ["Did you mean: 'steps'"]),
+        ("train.steps", "???", ["train.steps=???"]),
+        ("optim", {"a": {"lr": 1e-5}}, ["optim is a section"]),
+        ("evaluate.n", object(), ["evaluate.n is a object", "None, paths"]),
+    ],
+)
+def test_values_from_python_that_are_refused(key, value, words):
+    with pytest.raises(ValueError) as caught:
+        compose(PROBE, {key: value})
+    assert [word for word in words if word not in str(caught.value)] == [], caught.value
 
 
 def test_on_and_off():

@@ -76,6 +76,32 @@ def test_a_damaged_file_of_latents_is_made_again(cache, tmp_path, teacher, keep)
     assert torch.equal(whole, again) and torch.equal(whole, stream(cfg, teacher, images=True).x)
 
 
+def test_a_bare_network_is_given_pixels_from_minus_one_to_one(cache, tmp_path):
+    bare = load_teacher(Denoiser(torch.nn.Identity(), EDM(), shape=(3, 32, 32)))
+    colour = torch.tensor([255, 90, 0])
+    x = stream(pictures(tmp_path / "a", 255, 1000), bare, images=True).x
+    assert torch.allclose(x[0, :, 0, 0], colour / 127.5 - 1)
+    assert torch.equal(bare.to_images(x)[0, :, 0, 0], colour.byte())
+    assert bare.key != "238d4bb95760"  # of the version that gave 0..255 to the network
+
+
+def test_labels_are_sub_folders_in_alphabetical_order(tmp_path):
+    files = [tmp_path / name / "0.png" for name in ("00", "01", "sub/02")]
+    assert images.labels(files, str(tmp_path), 3) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_images_without_captions_are_refused(tmp_path, teacher, left):
+    cfg = pictures(tmp_path / "a", 10, 1000)
+    for file in sorted((tmp_path / "a").glob("*.txt"))[left:]:
+        file.unlink()
+    with pytest.raises(ValueError, match=rf"caption .*/{left}.txt is missing .*Add it") as said:
+        prepare.source(cfg, teacher)
+    assert ("data=prompts data.prompts=FILE" in str(said.value)) == (left == 0)
+    bare = load_teacher(Denoiser(torch.nn.Identity(), EDM(), shape=(3, 32, 32)))
+    assert prepare.source(cfg, bare).conditions == [None, None]
+
+
 def test_text_embeddings_are_made_once(cache, tmp_path, teacher):
     encode, calls = teacher.encode, []
     teacher.encode = lambda prompts: calls.append(list(prompts)) or encode(prompts)

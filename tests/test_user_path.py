@@ -155,3 +155,12 @@ def test_the_command_of_a_student_names_its_teacher(monkeypatch):
     dd.distill("shapes-sd", method="kd", steps=3, out="runs/x")
     cfg, _ = config.compose(seen["argv"])
     assert (cfg.teacher.name, cfg.train.steps, cfg.run.name) == ("shapes-sd", 3, "x")
+    dd.distill(Path("./a/b"), method="kd", steps=3, out="k/007", data__size=None)
+    cfg, _ = config.compose(seen["argv"])
+    assert (cfg.teacher.name, cfg.run.root, cfg.run.name) == ("a/b", "k", "007")
+
+
+@pytest.mark.parametrize("out", ["", ".", "..", "runs/..", "/"])
+def test_a_run_folder_without_a_name_is_refused(out):
+    with pytest.raises(ValueError, match=rf"out is '{out}'. Give a folder with a name"):
+        dd.distill("shapes-sd", method="kd", steps=3, out=out)

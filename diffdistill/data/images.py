@@ -41,18 +41,35 @@ def _read(file: Path, size: int, mode: str) -> Tensor:
 
 
 def captions(files: list[Path]) -> list[str]:
-    """The text of FILE.txt beside each image; "" where there is none at all."""
+    """The text of FILE.txt beside each image. ValueError: one has none."""
     texts = [f.with_suffix(".txt") for f in files]
-    present = [t.is_file() for t in texts]
-    if any(present) and not all(present):
-        missing = texts[present.index(False)]
-        raise ValueError(f"caption {missing} is missing ({present.count(False)} in all). Add it.")
-    return [t.read_text().strip() if ok else "" for t, ok in zip(texts, present, strict=True)]
+    if missing := [t for t in texts if not t.is_file()]:
+        more = " Prompts without images: data=prompts data.prompts=FILE."
+        raise ValueError(
+            f"caption {missing[0]} is missing ({len(missing)} in all), and the teacher takes "
+            f"prompts. Add it.{more if len(missing) == len(texts) else ''}"
+        )
+    return [t.read_text().strip() for t in texts]
 
 
-def labels(files: list[Path]) -> list[int]:
-    """Class index of each image: its sub-folder, in alphabetical order."""
+def labels(files: list[Path], folder: str, classes: int) -> list[int]:
+    """Class index of each image: its sub-folder, in alphabetical order.
+
+    Raises:
+        ValueError: there are not as many sub-folders with images as classes, or images in none.
+    """
+    if flat := [f for f in files if f.parent == Path(folder)]:
+        raise ValueError(
+            f"image {flat[0]} is in no sub-folder ({len(flat)} in all), but the teacher takes "
+            f"class labels. Give one sub-folder for each of its {classes} classes, in alphabetical "
+            "order (00, 01, ...)."
+        )
     names = sorted({f.parent.name for f in files})
+    if len(names) != classes:
+        raise ValueError(
+            f"image folder {folder!r} has {len(names)} sub-folders with images, but the teacher "
+            f"has {classes} classes. Give one for each class, in alphabetical order (00, 01, ...)."
+        )
     return [names.index(f.parent.name) for f in files]
 
 

@@ -47,7 +47,7 @@ class DataConfig:
     name: str | None = None  # shapes | fashion | prompts | folder | none
     size: int | None = None  # first ones that are used; None: all, of shapes and none 20,000
     prompts: str | None = None  # text file, one prompt a line; for name=prompts
-    folder: str | None = None  # images, optionally with FILE.txt captions; for name=folder
+    folder: str | None = None  # images with FILE.txt captions, or a sub-folder for each class
 
     def validate(self) -> None:
         if self.name not in (None, "shapes", "fashion", "prompts", "folder", "none"):
@@ -107,12 +107,17 @@ def source(cfg: DataConfig, teacher: Teacher) -> Source:
         prompts = read_prompts(cfg.prompts)
         return Source(f"prompts-{_hash(prompts)}", prompts, None)
     if name == "folder":
-        files = images.list_folder(cfg.folder)[: cfg.size]
+        files = images.list_folder(cfg.folder)
         size = teacher.info.get("image_size") or _image_size(teacher)
         tokens = teacher.family == "tokens"
         channels = teacher.pipe.tokenizer.config.channels if tokens else teacher.denoiser.shape[0]
-        read = images.captions if teacher.conditions == "prompts" else images.labels
-        key = _hash([[_stamp(file) for file in files], conditions := read(files)])
+        conditions: Sequence[Any] = [None] * len(files)
+        if teacher.conditions == "prompts":
+            conditions = images.captions(files[: cfg.size])
+        elif teacher.conditions == "class labels":
+            conditions = images.labels(files, str(cfg.folder), _classes(teacher))
+        files, conditions = files[: cfg.size], conditions[: cfg.size]
+        key = _hash([[_stamp(file) for file in files], conditions])
         pixels = partial(images.read_all, files, size, grey=channels == 1)
         return Source(f"folder-{key}", conditions, pixels)
     return Source(f"none-{count}", [None] * count, None)
@@ -269,6 +274,13 @@ def _image_size(teacher: Teacher) -> int:
         return teacher.pipe.tokenizer.config.size
     size = teacher.denoiser.shape[-1]
     return size * getattr(teacher.pipe, "vae_scale_factor", 1)
+
+
+def _classes(teacher: Teacher) -> int:
+    """Labels are 0 .. classes - 1."""
+    if teacher.family == "tokens":
+        return teacher.denoiser.net.config.classes
+    return int(teacher.denoiser.null["label"])  # the label of no class comes after them
 
 
 def _stamp(file: Path) -> tuple[str, int, int]:

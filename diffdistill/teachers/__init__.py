@@ -72,6 +72,7 @@ class Teacher:
             if isinstance(part, nn.Module):
                 said.update(digest((k, p) for k, p in part.state_dict().items()).encode())
         if self.family == "module":  # constants of a bare network, which has no configuration
+            said.update(b"pixels in [-1, 1]")  # they were 0..255
             for name, module in net.net.named_modules():
                 said.update(json.dumps([name, _plain(vars(module))], sort_keys=True).encode())
         if isinstance(net, Denoiser):
@@ -329,6 +330,6 @@ def _module(denoiser: Denoiser) -> Teacher:
         )
     denoiser.eval().requires_grad_(False)
     return Teacher(
-        "module", "module", denoiser, encode=lambda _: {}, to_x=lambda x: x.float(),
-        to_images=to_uint8, info={"name": "module"},
+        "module", "module", denoiser, encode=lambda _: {},
+        to_x=lambda images: images.float() / 127.5 - 1, to_images=to_uint8, info={"name": "module"},
     )  # fmt: skip
