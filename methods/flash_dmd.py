@@ -31,7 +31,7 @@ from diffdistill.method import Batch, Method, MethodConfig, Needs, Transition, U
 from diffdistill.parts import gan, pixel_gan, preference
 from diffdistill.parts.checks import check_times
 from diffdistill.parts.pull import copier, ema_pull
-from diffdistill.parts.reward import load_reward, rewards_of
+from diffdistill.parts.reward import load_reward, rewards_of, rewards_of_samples
 from diffdistill.parts.rollout import backward_simulation
 from diffdistill.parts.score import dsm, matching_direction, uniform_times, vsd_surrogate
 from diffdistill.registry import register_method
@@ -146,12 +146,13 @@ class FlashDMD(Method):
         return pixel_gan.to_pixels(self.teacher, y, c.crop)
 
     def student_loss(self, batch: Batch):
-        c, (_, x, index) = self.cfg, self.high(batch)
+        c, cond, (_, x, index) = self.cfg, batch.cond, self.high(batch)
+        if batch.step == 0 and c.rl_start is not None:  # one that does not fit says so at once
+            rewards_of_samples(load_reward(c.reward), self.teacher, x.detach(), cond, batch.prompts)
         t = uniform_times(self.schedule, x, c.t_low, c.t_high)
         noisy = add_noise(self.schedule, x.detach(), torch.randn_like(x), t)
         with torch.no_grad():
-            f = guided(self.teacher, c.guidance)(noisy, t, batch.cond)
-            g = self.fake_score(noisy, t, batch.cond)
+            f, g = guided(self.teacher, c.guidance)(noisy, t, cond), self.fake_score(noisy, t, cond)
         losses = {"matching": vsd_surrogate(x, matching_direction(x, f, g))}
         losses["_gap"] = (g - f).abs().mean()
         if c.gan > 0:

@@ -460,6 +460,27 @@ def test_equal_rewards_teach_nothing(monkeypatch, tmp_path):
     assert losses["preference"].item() == 0 == losses["_pairs"].item()
 
 
+def test_a_reward_that_does_not_fit_is_refused_in_the_first_step(monkeypatch, tmp_path):
+    (tmp_path / "odd.py").write_text("def odd(x, t, prompts):\n    return x.repeat(1, 2)\n")
+    engine = flash(monkeypatch, steps=9, rl_start=7, reward=f"{tmp_path}/odd.py:odd")
+    engine.stream.prompts = [None] * 64
+    with pytest.raises(ValueError, match=r"gives \(16, 2\) for 16 samples"):
+        engine.train_step()
+
+
+def test_trying_the_reward_changes_nothing(monkeypatch, up):
+    found = []
+    for trying in (True, False):
+        if not trying:
+            monkeypatch.setattr(flash_dmd, "rewards_of_samples", lambda *args: None)
+        torch.manual_seed(0)
+        engine = flash(monkeypatch, steps=3, rl_start=7, reward=up)
+        engine.stream.prompts = [None] * 64
+        engine.fit()
+        found.append([*engine.method.student.parameters(), *engine.method.fake_score.parameters()])
+    assert all(map(torch.equal, *found))
+
+
 # ---- the discriminator of images --------------------------------------------------------
 
 
