@@ -7,6 +7,7 @@ from typing import Any
 
 from diffdistill.config import argument, compose, plain
 from diffdistill.run import Result, execute
+from diffdistill.teachers import Teacher, origin
 
 
 def distill(teacher: Any, *, method: str, steps: int, out: str | Path, **overrides: Any) -> Result:
@@ -26,9 +27,8 @@ def distill(teacher: Any, *, method: str, steps: int, out: str | Path, **overrid
     folder = Path(out)
     if folder.name in ("", ".."):
         raise ValueError(f"out is {str(out)!r}. Give a folder with a name, such as 'runs/{method}'")
-    named = isinstance(teacher, str | Path)
     settings = {
-        "teacher.name": str(teacher) if named else getattr(teacher, "name", "given"),
+        "teacher.name": _name(teacher),
         "method": method,
         "train.steps": steps,
         "run.root": folder.parent,
@@ -38,3 +38,12 @@ def distill(teacher: Any, *, method: str, steps: int, out: str | Path, **overrid
     cfg, provenance = compose([], settings)
     argv = [argument(key, plain(key, value)) for key, value in settings.items()]
     return execute(cfg, provenance, teacher=teacher, argv=argv)
+
+
+def _name(teacher: Any) -> str:
+    """What `teacher.name` says: what loads it again, where that is known."""
+    if isinstance(teacher, str | Path):
+        return str(teacher)
+    if isinstance(teacher, Teacher):
+        return teacher.source or teacher.name
+    return origin(teacher) or "given"

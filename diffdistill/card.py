@@ -120,7 +120,7 @@ def _header(info: Mapping[str, Any]) -> str:
         "library_name": "diffdistill" if info["family"] == "module" else "diffusers",
         "pipeline_tag": kinds.get(info["family"], "text-to-image"),
         "license": info.get("licence") or "other",
-        "base_model": info.get("teacher"),
+        "base_model": info.get("base_model", info.get("teacher")),
         "tags": ["diffdistill", "distillation", f"{info['steps']}-step", str(info.get("method"))],
     }
     # JSON strings are YAML strings, so nothing in a name can break the header

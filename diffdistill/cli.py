@@ -135,12 +135,12 @@ def sample(args: argparse.Namespace) -> None:
     import torch
 
     from diffdistill.pipelines.loading import load_pipeline
-    from diffdistill.tracking import save_grid
+    from diffdistill.tracking import picture_file, save_grid
 
     if args.folder:
         writable(args.folder, "--folder DIR")
     elif not args.geneval:
-        writable_file(args.out, "--out PNG")
+        picture_file(args.out, "--out PNG")
     generator = load_pipeline(args.pipeline, device=_device())
     if args.folder and args.teacher is not None:
         raise ValueError("--folder holds one pipeline's images. Give the teacher its own folder")
@@ -185,9 +185,9 @@ def _sample_geneval(args: argparse.Namespace, generator: Any) -> None:
 
 def _conditions(args: argparse.Namespace, info: dict[str, Any]) -> list:
     """Prompts or labels: as given, else those of the pipeline's world."""
-    from diffdistill.data import prepare, shapes
+    from diffdistill.data import shapes
 
-    prompts = [*args.prompt, *(prepare.read_prompts(args.prompts) if args.prompts else ())]
+    prompts = [*args.prompt, *_read(args.prompts)]
     labels = [label.strip() for label in args.labels.split(",")] if args.labels else []
     if odd := [label for label in labels if not label.isdecimal()]:
         raise ValueError(f"--labels has {odd[0]!r}. Give class numbers, such as --labels 0,1,2")
@@ -202,6 +202,12 @@ def _conditions(args: argparse.Namespace, info: dict[str, Any]) -> list:
     raise ValueError(f"what shall {args.pipeline} draw? Give --prompt TEXT or --prompts FILE")
 
 
+def _read(prompts: str | None) -> list[str]:
+    from diffdistill.data.prepare import read_prompts
+
+    return [] if prompts is None else read_prompts(prompts, "--prompts FILE")
+
+
 def _device() -> str:
     import torch
 
@@ -209,9 +215,7 @@ def _device() -> str:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    names = args.metrics.split(",") if args.metrics else None
-    for name in names or ():
-        metrics.get(name)
+    names = metrics.named(args.metrics.split(",")) if args.metrics else None
     from diffdistill.run import launched, set_threads
 
     accelerator = launched()

@@ -12,7 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class Result:
     folder: Path
     student: Path
     done: bool
-    evaluation: dict[str, Any] | None = None
+    evaluation: dict[str, Any] | None = field(default=None, repr=False)
     module: nn.Module | None = None  # the averaged student, if the teacher was a `Denoiser`
 
 
@@ -127,9 +127,8 @@ def execute(
         return Result(folder, folder / "student", True, evaluation, module)
     except Exception as error:
         if main:
-            note = (
-                f"{type(error).__name__}: {error}\nto reproduce: {shlex.join(argv or sys.argv)}\n"
-            )
+            again = command(loaded, argv or sys.argv)
+            note = f"{type(error).__name__}: {error}\nto reproduce: {again}\n"
             (folder / "FAILED").write_text(note)
         raise
     finally:
@@ -512,10 +511,9 @@ def student_info(
     """What the student's diffdistill.json says."""
     steps, how = sampling_info(sampler)
     own = {k: teacher.info.get(k) for k in ("world", "protocol", "licence")}
-    start = "diffdistill.distill: teacher" if teacher.family == "module" else "diffdistill train"
     return own | {
         "kind": "student",
-        "name": f"{teacher.name}-{cfg.method_name}-{steps}step",
+        "name": f"{Path(teacher.name).name}-{cfg.method_name}-{steps}step",
         "family": teacher.family,
         "steps": steps,
         **how,
@@ -523,11 +521,12 @@ def student_info(
         "method": cfg.method_name,
         "paper": type(engine.method).paper,
         "teacher": teacher.name,
+        "base_model": teacher.name if teacher.source else None,
         "teacher_weights": teacher.info.get("weights"),
         "teacher_steps": teacher.info.get("steps"),
         "teacher_guidance": getattr(cfg.method, "guidance", None),
         "data": cfg.data.name or teacher.info.get("world"),
-        "command": f"{start} {shlex.join(a for a in argv if '=' in a)}",
+        "command": command(teacher, argv),
         "train": {
             "steps": engine.step,
             "batch_size": cfg.train.batch_size,
@@ -541,6 +540,15 @@ def student_info(
         },
         "metrics": [],
     }
+
+
+def command(teacher: Teacher, argv: list[str]) -> str:
+    """What made a run; a teacher that no name loads was given to `distill`."""
+    words = [word for word in argv if "=" in word]
+    if teacher.source is not None:
+        return f"diffdistill train {shlex.join(words)}"
+    others = shlex.join(word for word in words if not word.startswith("teacher.name="))
+    return f"diffdistill.distill: teacher {others}"
 
 
 def sampling_info(sampler: Sampler | TokenSampler) -> tuple[int, dict[str, Any]]:

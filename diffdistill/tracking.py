@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from diffdistill.errors import writable_file
+
 
 class Tracker:
     """Writes scalars and image grids. Only the main process holds one."""
@@ -79,6 +81,19 @@ def grid(images: Tensor, columns: int, *, zoom: int = 1, gap: int = 2) -> Tensor
         y, x = i // columns * (h + gap), i % columns * (w + gap)
         out[:, y : y + h, x : x + w] = image
     return out
+
+
+def picture_file(file: str | Path, option: str) -> Path:
+    """A file that a grid can be written to. ValueError: no place for one, or no such format."""
+    from PIL import Image
+
+    formats = {end for end, kind in Image.registered_extensions().items() if kind in Image.SAVE}
+    if (end := Path(file).suffix.lower()) not in formats and not Path(file).is_dir():
+        raise ValueError(
+            f"{str(file)!r} ends with {end!r}, no format of pictures. Name a file such as grid.png "
+            f"with {option}."
+        )
+    return writable_file(file, option)
 
 
 def save_grid(images: Tensor, columns: int, path: Path, *, zoom: int = 0) -> Tensor:

@@ -58,7 +58,7 @@ def evaluate(
     Args:
         generator: what `pipelines.loading.load_pipeline` returns.
         protocol: default: the pipeline's own.
-        metrics: names of `metrics.METRICS`; default: all that the protocol has.
+        metrics: names of `metrics.METRICS` or of their numbers; default: all of the protocol.
         n: samples; another count than the protocol's makes another, incomparable protocol.
         out: file for the JSON; pictures of the first verdicts go beside it as PNG.
         samples: folder that keeps the samples, so that an interrupted evaluation continues; each
@@ -156,9 +156,10 @@ def _groups(rules: protocols.Protocol, metrics: list[str] | None) -> list[str]:
     """Names of `GROUPS`, as asked or all that the protocol has."""
     group_of = {number: group for group, numbers in GROUPS.items() for number in numbers}
     known = list(dict.fromkeys(group_of[number] for number in rules.metrics))
-    if odd := [g for g in metrics or () if g not in known]:
+    asked = known if metrics is None else registry.named(metrics)
+    if odd := [group for group in asked if group not in known]:
         raise ValueError(f"{rules.id} has no metric {odd[0]!r}. It has: {', '.join(known)}")
-    return known if metrics is None else metrics
+    return asked
 
 
 def _split(

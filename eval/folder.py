@@ -105,7 +105,7 @@ def evaluate_folder(
         protocol: a name of `protocols.FOLDERS`.
         reference: npz with the statistics that the protocol compares with.
         network: a name of `networks.NETWORKS`; for custom-folder, the other protocols have one.
-        metrics: names of `metrics.METRICS`; default: those of the protocol.
+        metrics: names of `metrics.METRICS` or of their numbers; default: those of the protocol.
         n: images; another count than the protocol's makes another, incomparable protocol.
         out: file for the JSON.
         accelerator: of a launch with several processes; every one of them returns the result.
@@ -114,7 +114,7 @@ def evaluate_folder(
     if n is not None and n < 2:
         raise ValueError(f"evaluation of {n} images. Give 2 or more")
     rules = folder_protocol(protocol)
-    groups = list(metrics or rules.metrics)
+    groups = registry.named(metrics or rules.metrics)
     needs = _needs(groups)
     looks, compares = bool(needs & registry.OF_NETWORK), bool(needs & registry.OF_REFERENCE)
     for flag, value, used in (("network", network, looks), ("reference", reference, compares)):

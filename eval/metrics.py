@@ -80,11 +80,21 @@ def measure(names: Iterable[str], given: Given) -> tuple[Values, dict[str, Any]]
 
 
 def get(name: str) -> Metric:
-    if name not in METRICS:
-        from diffdistill.registry import unknown  # imports torch
+    """A metric by its name or by that of one of its numbers."""
+    return METRICS[named([name])[0]]
 
-        raise ValueError(unknown("metric", name, METRICS))
-    return METRICS[name]
+
+def named(names: Iterable[str]) -> list[str]:
+    """Names of metrics, each once; a number, such as fd, stands for the metric that has it."""
+    metric_of = {number: name for name, metric in METRICS.items() for number in metric.values}
+    found = {}
+    for name in map(str.strip, names):
+        if name not in METRICS and name not in metric_of:
+            from diffdistill.registry import unknown  # imports torch
+
+            raise ValueError(unknown("metric", name, METRICS))
+        found[name if name in METRICS else metric_of[name]] = True
+    return list(found)
 
 
 def of_folders() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -13,11 +14,13 @@ import torch
 from diffusers import UNet2DModel
 from PIL import Image
 
+import diffdistill as dd
 from diffdistill import checkpoint, train
 from diffdistill.method import Method, MethodConfig, Needs, Update
 from diffdistill.pipelines.edm import EDMPipeline
 from diffdistill.pipelines.scheduler import HeunEDMScheduler
 from diffdistill.registry import register_method
+from diffdistill.teachers import load_teacher
 
 STEPS = 6
 
@@ -374,3 +377,40 @@ def test_a_run_is_not_continued_with_other_settings(run, tmp_path, finished):
         (tmp_path / "runs" / "r" / "DONE").unlink()
     assert "run.name" in refused(run, "train.seed=1")
     assert run("train.seed=1", "run.name=other")[0] == 0
+
+
+# ---- a pipeline in place of its name ----------------------------------------------------
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_is_said_of_the_teacher_of_a_loaded_pipeline(
+    teacher, images, tmp_path, monkeypatch, known
+):
+    monkeypatch.setenv("DIFFDISTILL_CACHE", str(tmp_path / "cache"))
+    pipe = EDMPipeline.from_pretrained(teacher)
+    if not known:
+        pipe = EDMPipeline(pipe.unet, pipe.scheduler, size=14, fold=2, num_classes=2)
+    settings = {
+        "method": "bad_input_probe", "steps": 2, "out": tmp_path / "r", "train__batch_size": 4,
+        "data": "folder", "data__folder": images, "log__samples_every": 0, "report": False,
+        "precision__dtype": "fp32", "precision__attention": "default", "threads": 1,
+        "precision__channels_last": "off",
+    }  # fmt: skip
+    result = dd.distill(pipe, **settings)
+    start = f"diffdistill train teacher.name={teacher}" if known else "diffdistill.distill: teacher"
+    card = (result.student / "README.md").read_text()
+    assert f"## Made by\n\n```\n{start} method=bad_input_probe train.steps=2 " in card
+    assert (f'base_model: "{teacher}"' in card) == ("base_model" in card) == known
+    assert "teacher.name=given" not in card and "evaluation" not in repr(result)
+    info = json.loads((result.student / "diffdistill.json").read_text())
+    assert info["name"] == f"{teacher.name if known else 'EDMPipeline'}-bad_input_probe-1step"
+
+    def fails(self, batch):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(Probe, "loss", fails)
+    with pytest.raises(RuntimeError, match="no"):
+        dd.distill(pipe, **settings | {"out": tmp_path / "s"})
+    failed = (tmp_path / "s" / "FAILED").read_text()
+    assert failed.startswith(f"RuntimeError: no\nto reproduce: {start} method=bad_input_probe ")
+    assert "pipe=" not in repr(load_teacher(pipe))

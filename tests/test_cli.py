@@ -418,7 +418,9 @@ def test_sample_prompts_from_a_file(fakes, tmp_path):
     [
         (["alien"], "--prompt TEXT"),
         (["alien", "--prompt", "a", "--teacher"], "--teacher NAME_OR_FOLDER"),
-        (["student", "--prompts", "missing.txt"], "prompt file 'missing.txt'"),
+        (["student", "--prompts", "no.txt"], "'no.txt' does not exist. Set --prompts FILE, a"),
+        (["student", "--out", "g.xyz"], "'g.xyz' ends with '.xyz', no format"),
+        (["student", "--out", "g"], "'g' ends with '', no format"),
         (["edm", "--labels", "1,x"], "'x'"),
         (["student", "--prompt", "a", "--labels", "1"], "both prompts and labels"),
         (["student", "--num", "0"], "--num is 0"),
@@ -429,6 +431,7 @@ def test_sample_prompts_from_a_file(fakes, tmp_path):
 )
 def test_sample_refuses(argv, words, fakes, capsys):
     assert words in refused(["sample", *argv], capsys)
+    assert fakes["student"].calls == []
 
 
 @pytest.mark.parametrize(
@@ -468,7 +471,7 @@ def test_evaluate(fakes, monkeypatch, capsys):
         return result
 
     monkeypatch.setattr(module, "evaluate", measure)
-    assert cli.main(["evaluate", "student", "--metrics", "fid,prdc", "--num", "64"]) == 0
+    assert cli.main(["evaluate", "student", "--metrics", "fd, prdc,recall", "--num", "64"]) == 0
     table, left_out, file = capsys.readouterr().out.splitlines()
     assert table.split() == ["fd", "12.5000", "(n=64,", "shapes-v1/n=64)"]
     assert left_out == "  diversity is left out: too few"

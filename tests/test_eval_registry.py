@@ -58,6 +58,12 @@ def test_values_have_names_of_their_own():
     assert len(names) == len(set(names))
 
 
+def test_a_number_stands_for_its_metric():
+    assert metrics.named(["fd", " kid", "kd", "precision", "recall"]) == ["fid", "kid", "prdc"]
+    assert metrics.get("kd") is metrics.METRICS["kid"]
+    assert metrics.named(metrics.METRICS) == list(metrics.METRICS)
+
+
 def test_fd_is_that_of_the_features_and_warns_of_few():
     with pytest.warns(UserWarning, match="70 samples in 8 dimensions"):
         values, details = metrics.measure(["fid"], GIVEN | {"features": TRUE[:70]})

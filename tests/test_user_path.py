@@ -93,7 +93,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(trained):
     whole = generator.sample(prompts, [0, 1, 2], batch=3).int()
     single = generator.sample(prompts, [0, 1, 2], batch=1).int()
     assert (whole - single).abs().max() <= 1
-    result = evaluate(generator, n=12, metrics=["fid", "geneval"])
+    result = evaluate(generator, n=12, metrics=["fd", "geneval"])
     assert [r["metric"] for r in result["records"]] == ["fd", "geneval"]
     assert {r["n"] for r in result["records"]} == {12}
     with pytest.raises(ValueError, match="no metric 'accuracy'"):

@@ -221,12 +221,10 @@ def pair_solver(
     return name, lambda eps, cond: solve(denoise, plain.schedule, eps, cond, steps).float()
 
 
-def read_prompts(path: str | None) -> list[str]:
-    """One prompt a line; empty lines are skipped."""
+def read_prompts(path: str | None, option: str = "data.prompts=FILE") -> list[str]:
+    """One prompt a line; empty lines are skipped. option: what names another file, for errors."""
     if path is None or not Path(path).is_file():
-        raise ValueError(
-            f"prompt file {path!r} does not exist. Set data.prompts=FILE, a prompt a line."
-        )
+        raise ValueError(f"prompt file {path!r} does not exist. Set {option}, a prompt a line.")
     prompts = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
     if not prompts:
         raise ValueError(f"prompt file {path!r} is empty. Write one prompt a line.")

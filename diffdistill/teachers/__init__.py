@@ -50,6 +50,7 @@ class Teacher:
         info: contents of diffdistill.json: name, world, protocol, steps, guidance, ...
         device: where text encoders and autoencoder work; they rest where the pipeline had them.
             None: they work there, too.
+        source: embedded name, folder or hub id that it came from; None: not known.
     """
 
     name: str
@@ -58,9 +59,10 @@ class Teacher:
     encode: Callable[[Any], Cond]
     to_x: Callable[[Tensor], Tensor]
     to_images: Callable[[Tensor], Tensor]
-    pipe: Any = None
+    pipe: Any = field(default=None, repr=False)
     info: dict[str, Any] = field(default_factory=dict)
     device: torch.device | None = None
+    source: str | None = None
 
     @functools.cached_property
     def key(self) -> str:
@@ -144,10 +146,19 @@ def load_teacher(source: Any) -> Teacher:
             pipe = _load_pipe(folder)
         except OSError as error:
             raise ValueError(_unloadable(folder, error)) from error
+        known: str | None = str(source)
     else:
-        pipe = source
-    info = {"name": str(source) if isinstance(source, str | Path) else type(pipe).__name__} | info
-    return _checked(_adapt(pipe, info))
+        pipe, known = source, origin(source)
+    teacher = _checked(_adapt(pipe, {"name": known or type(pipe).__name__} | info))
+    teacher.source = known
+    return teacher
+
+
+def origin(pipe: Any) -> str | None:
+    """The folder or hub id that a pipeline was loaded from; None: not known, or not there."""
+    config = getattr(pipe, "config", None)
+    name = config.get("_name_or_path") if isinstance(config, Mapping) else None
+    return str(name) if name and (Path(name).is_dir() or is_hub_id(str(name))) else None
 
 
 def resolve(source: str | Path) -> str:
