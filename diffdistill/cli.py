@@ -226,7 +226,8 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.write_reference:
         writable_file(args.write_reference, "--write-reference NPZ")
     place = assets.teacher(args.pipeline)
-    known = place and any((place / f).is_file() for f in ("model_index.json", "config.yaml"))
+    marks = ("model_index.json", "config.yaml", "diffdistill.json")
+    known = place and any((place / mark).is_file() for mark in marks)
     call = _evaluate_folder if place and not known else _evaluate_pipeline
     result, out = call(args, names, Path(args.out) if args.out else None, accelerator)
     if not accelerator.is_main_process:

@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffdistill.schedules import Schedule, bcast
 
+ASKED = ("t_min", "t_max", "alpha", "sigma", "t_of_ratio", "start_scale", "grid")  # of a schedule
 Cond = Mapping[str, Tensor]
 Prediction = Literal["x0", "eps", "v", "flow"]
 FeatureMap = Callable[[Any, Tensor], Tensor]
@@ -63,13 +64,17 @@ class Denoiser(nn.Module):
     """x0 = D(z, t, cond).
 
     Args:
-        net: called as net(z, t, **cond); returns what `prediction` says, shape of z.
+        net: called as net(z, t, **cond), z [B, *shape] and t float64 [B], a time of `schedule`;
+            returns what `prediction` says, shape of z. As a teacher it is unconditional: net(z, t).
         shape: of one sample, without the batch dimension. As a teacher, its samples [C, H, W] are
             pixels in [-1, 1]: so `data.folder` is given to it, and so previews are drawn.
         null_cond: one unconditional sample of `cond` (leading dimension 1), for guidance.
         feature_layer: name of the sub-module of `net` whose output discriminators read.
         feature_map: (output of such a sub-module, z) -> activation [B, C, h, w].
         sigma_data: data std of EDM's loss weight; only for x0 networks.
+
+    Raises:
+        ValueError: `schedule` is no schedule, or `prediction` is none of x0, eps, v, flow.
     """
 
     null: dict[str, Tensor]
@@ -89,6 +94,11 @@ class Denoiser(nn.Module):
         super().__init__()
         if prediction not in ("x0", "eps", "v", "flow"):
             raise ValueError(f"prediction is {prediction!r}. Allowed: x0, eps, v, flow")
+        if isinstance(schedule, type) or not all(hasattr(schedule, name) for name in ASKED):
+            raise ValueError(
+                f"schedule is {schedule!r}. Give one of diffdistill.schedules, such as "
+                f"schedules.EDM(), or an object with {', '.join(ASKED)}"
+            )
         self.net = net
         self.schedule = schedule
         self.prediction = prediction

@@ -36,11 +36,11 @@ from diffdistill.method import Batch, Method, Needs, Sampler, TokenSampler
 from diffdistill.parts import autoregressive
 from diffdistill.parts.lora import lora_copy
 from diffdistill.parts.rollout import sample
-from diffdistill.pipelines.loading import STOCK
+from diffdistill.pipelines.loading import STOCK, bare
 from diffdistill.registry import get_method
 from diffdistill.teachers import Teacher, load_teacher
 from diffdistill.tokens import TokenModel
-from diffdistill.tracking import Tracker
+from diffdistill.tracking import PICTURES, Tracker
 
 PREVIEWS = 24  # samples in a grid
 SHARDING = {  # what `accelerate launch` exports for it
@@ -75,10 +75,10 @@ def execute(
         given = None if isinstance(teacher, str | Path | None) else load_teacher(teacher)
         if given:
             identity.refuse_another_teacher(folder, given)
-        print(
-            f"{folder} is finished; remove it or set run.name to train again. To judge it in "
-            f"another way: diffdistill evaluate {folder}/student"
-        )
+        further = f"To judge it in another way: diffdistill evaluate {folder}/student"
+        if given and given.family == "module":
+            further = bare(folder / "student")
+        print(f"{folder} is finished; remove it or set run.name to train again. {further}")
         module = _module(cfg, given, folder) if given and given.family == "module" else None
         missing = cfg.report and not (folder / "report" / "index.html").is_file()
         if missing and module is None and launched().is_main_process:
@@ -280,7 +280,11 @@ def callbacks(
     cfg: RunConfig, engine: Engine, teacher: Teacher, tracker: Tracker | None
 ) -> tuple[Every, ...]:
     """Sample grids from fixed noise, teacher's first; on the main process only."""
-    if tracker is None or (teacher.family != "tokens" and len(teacher.denoiser.shape) != 3):
+    shape = teacher.denoiser.shape
+    if tracker is None or (teacher.family != "tokens" and len(shape) != 3):
+        return ()
+    if teacher.family == "module" and shape[0] not in PICTURES:
+        print(f"no sample grids: samples of {shape[0]} channels are no pictures")
         return ()
     device = engine.acc.device
     _, cond = preview_conditions(teacher, engine.stream)

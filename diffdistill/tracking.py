@@ -11,6 +11,8 @@ from torch import Tensor
 
 from diffdistill.errors import writable_file
 
+PICTURES = (1, 3, 4)  # channels that a PNG file can have here
+
 
 class Tracker:
     """Writes scalars and image grids. Only the main process holds one."""

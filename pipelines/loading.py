@@ -208,6 +208,9 @@ def read_info(folder: Path) -> dict[str, Any]:
     """The folder's diffdistill.json, or what its model_index.json tells."""
     index = folder / "model_index.json"
     if not index.is_file():
+        own = folder / INFO
+        if own.is_file() and json.loads(own.read_text()).get("family") == "module":
+            raise ValueError(f"{folder} is no pipeline. {bare(folder)}")
         raise ValueError(
             f"{folder} is not a diffusers pipeline: it has no model_index.json. A run keeps its "
             f"student in RUN/student."
@@ -223,6 +226,15 @@ def read_info(folder: Path) -> dict[str, Any]:
         "kind": "teacher", "name": folder.resolve().name, "world": None, "protocol": None,
         "family": family, "steps": steps, "guidance": guidance,
     }  # fmt: skip
+
+
+def bare(folder: Path) -> str:
+    """How the student of a bare network, in this folder, is used."""
+    return (
+        "Its teacher is a bare network, and so is the student. Load it into a network of that "
+        "kind: student = teacher.clone(); student.net.load_state_dict(safetensors.torch.load_file("
+        f"{str(folder / 'student.safetensors')!r})); see {folder / 'README.md'}"
+    )
 
 
 def _token_defaults(folder: Path) -> tuple[int, float]:

@@ -50,6 +50,12 @@ def test_unknown_prediction_is_refused():
         Denoiser(torch.nn.Identity(), EDM(), "epsilon")
 
 
+@pytest.mark.parametrize("schedule", ["edm", None, EDM])
+def test_what_is_no_schedule_is_refused(schedule):
+    with pytest.raises(ValueError, match=r"schedule is .*Give one of diffdistill.schedules"):
+        Denoiser(torch.nn.Identity(), schedule=schedule, prediction="x0", shape=(2,))
+
+
 def test_conversion_is_float32_under_bf16():
     seen = []
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import diffdistill as dd
+from diffdistill import cli
 from diffdistill.eval.evaluate import evaluate
 from diffdistill.pipelines.loading import load_pipeline, load_student
 from diffdistill.schedules import EDM
@@ -139,12 +140,36 @@ def test_any_module_can_be_a_teacher(tmp_path, capsys):
         method__ttur=2, optim__default__lr=0.01, precision__dtype="fp32", threads=1,
     )  # fmt: skip
     assert torch.equal(again.module.net.mean, result.module.net.mean)
+    told = f"student.net.load_state_dict(safetensors.torch.load_file('{result.student}/student.saf"
+    said = capsys.readouterr().out
+    assert told in said and "diffdistill evaluate" not in said
+    with pytest.raises(ValueError, match="is no pipeline") as refused:
+        load_student(result.student)
+    assert told in str(refused.value)
+    assert cli.main(["evaluate", str(result.student), "--out", str(tmp_path / "e")]) == 2
+    assert told in capsys.readouterr().err
     with pytest.raises(ValueError, match="holds a run of another teacher"):
         dd.distill(
             gaussian((-1.0, -0.5), 0.4, EDM(t_max=5.0)), method="dmd", steps=150,
             out=tmp_path / "g", train__batch_size=128, method__ttur=2, optim__default__lr=0.01,
             precision__dtype="fp32", threads=1,
         )  # fmt: skip
+
+
+def test_samples_that_are_no_pictures_have_no_grids(tmp_path, capsys):
+    class Net(torch.nn.Conv2d):
+        def forward(self, z, t):
+            assert t.dtype == torch.float64 and t.shape == z.shape[:1]
+            return super().forward(z)
+
+    teacher = dd.Denoiser(Net(5, 5, 1), EDM(), shape=(5, 4, 4))
+    result = dd.distill(
+        teacher, method="kd", steps=1, out=tmp_path / "g", train__batch_size=2, method__pairs=4,
+        precision__dtype="fp32", precision__attention="default", threads=1,
+        precision__channels_last="off",
+    )  # fmt: skip
+    assert result.done and not (result.folder / "samples").exists()
+    assert "no sample grids: samples of 5 channels are no pictures" in capsys.readouterr().out
 
 
 def test_the_command_of_a_student_names_its_teacher(monkeypatch):
