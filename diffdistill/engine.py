@@ -474,4 +474,7 @@ class Engine:
 
         if threading.current_thread() is not threading.main_thread():
             return {}
-        return {kind: signal.signal(kind, stop) for kind in (signal.SIGTERM, signal.SIGINT)}
+        kinds = [signal.SIGTERM]
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is in the background
+            kinds.append(signal.SIGINT)
+        return {kind: signal.signal(kind, stop) for kind in kinds}

@@ -293,13 +293,7 @@ def _prompts(files: list[Path], groups: Sequence[str]) -> list[str]:
     readers = [g for g in groups if g == "diversity" or (g in SCORES and g != "aesthetic")]
     if not readers:
         return [""] * len(files)
-    prompts = captions(files)
-    if not any(prompts):
-        raise ValueError(
-            f"metric {readers[0]} reads prompts. Give a file NAME.txt beside each image, or leave "
-            "it out"
-        )
-    return prompts
+    return captions(files, f"metric {readers[0]} reads prompts", "leave the metric out")
 
 
 # ---- networks ---------------------------------------------------------------------------

@@ -604,8 +604,23 @@ def test_passes_count_training_only():
     assert engine.passes == 8 * (2 * (1 + 2 + 1 + 1) + 2 * (1 + 1))
 
 
+@pytest.fixture
+def interrupts():
+    """Ctrl-C as in a terminal, whatever these tests run in."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupts_that_are_ignored_stay_so(tmp_path, interrupts):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    engine = build(two(pull("student"), pull("critic")), folder=tmp_path)
+    engine.fit((Every(2, lambda e: os.kill(os.getpid(), signal.SIGINT)),))
+    assert engine.step == 10 and not engine.preempted
+
+
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_stops(tmp_path, kind):
+def test_a_signal_saves_and_stops(tmp_path, interrupts, kind):
     def updates(m):
         def loss(batch):
             if engines and engines[0].step == 3:
@@ -630,7 +645,7 @@ def test_a_signal_saves_and_stops(tmp_path, kind):
     assert weights(second) == weights(whole) and second.step == 10
 
 
-def test_a_second_interrupt_stops_at_once(tmp_path):
+def test_a_second_interrupt_stops_at_once(tmp_path, interrupts):
     def picture(e):
         if e.step == 4:
             os.kill(os.getpid(), signal.SIGINT)

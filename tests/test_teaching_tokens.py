@@ -56,7 +56,7 @@ def test_gradients_pass_straight_through_the_codes(kind):
 @pytest.mark.parametrize("kind", ["raster", "scales"])
 def test_a_tokenizer_learns_pictures(kind):
     method, codes = quantiser(kind)
-    optimizer = torch.optim.AdamW(codes.parameters(), 3e-3)
+    optimizer = torch.optim.AdamW(codes.parameters(), 1e-3)
     l2 = []
     for step in range(60):
         losses = method.loss(batch(seed=step))

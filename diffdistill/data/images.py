@@ -40,14 +40,17 @@ def _read(file: Path, size: int, mode: str) -> Tensor:
     return torch.from_numpy(np.array(image).reshape(size, size, -1)).permute(2, 0, 1)
 
 
-def captions(files: list[Path]) -> list[str]:
+def captions(
+    files: list[Path],
+    reader: str = "the teacher takes prompts",
+    instead: str = "take prompts without images: data=prompts data.prompts=FILE",
+) -> list[str]:
     """The text of FILE.txt beside each image. ValueError: one has none."""
     texts = [f.with_suffix(".txt") for f in files]
     if missing := [t for t in texts if not t.is_file()]:
-        more = " Prompts without images: data=prompts data.prompts=FILE."
         raise ValueError(
-            f"caption {missing[0]} is missing ({len(missing)} in all), and the teacher takes "
-            f"prompts. Add it.{more if len(missing) == len(texts) else ''}"
+            f"caption {missing[0]} is missing ({len(missing)} in all), and {reader}. Add it, or "
+            f"{instead}"
         )
     return [t.read_text().strip() for t in texts]
 
