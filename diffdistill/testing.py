@@ -127,6 +127,24 @@ class TinyConvNet(nn.Module):
         return self.out(self.mid(self.inp(z) + shift[:, :, None, None]))
 
 
+class ShiftNet(nn.Module):
+    """Its estimate is its condition `shift` [B, 1], plus a parameter that is 0 at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(1))
+
+    def forward(self, z: Tensor, t: Tensor, shift: Tensor) -> Tensor:
+        return self.mean + shift + 0 * z
+
+
+def shifted(schedule: Schedule) -> Denoiser:
+    """A teacher of samples [1] whose null condition is 0: at shift 1 its guided estimate is the
+    guidance, so that a test sees who is guided."""
+    null = {"shift": torch.zeros(1, 1)}
+    return Denoiser(ShiftNet(), schedule, "x0", shape=(1,), null_cond=null)
+
+
 def tiny_denoiser(
     schedule: Schedule | None = None, prediction: str = "eps", size: int = 8
 ) -> Denoiser:

@@ -2,7 +2,7 @@
 
 All optimizers are gradient descent with momentum here (AdamW with a large eps). AdamW and Muon
 themselves step as far along directions whose gradient is only rounding, so that in ten steps two
-kinds of CPU differ by per cents; now it is 1e-4 between AVX2 and AVX-512 at most.
+kinds of CPU differ by per cents. This way, AVX2 and AVX-512 differed by 1e-4 in four recipes.
 
 A change that should not alter numbers leaves tests/golden/*.json alone. One that should says why
 and remakes them: DIFFDISTILL_GOLDEN=write pytest tests/test_golden.py

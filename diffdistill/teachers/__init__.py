@@ -136,7 +136,7 @@ def load_teacher(source: Any) -> Teacher:
     if isinstance(source, Teacher):
         return source
     if isinstance(source, Denoiser):
-        return _checked(_module(source))
+        return _refuse_half(_module(source))
     info: dict[str, Any] = {}
     if isinstance(source, str | Path):
         folder = resolve(source)
@@ -149,7 +149,7 @@ def load_teacher(source: Any) -> Teacher:
         known: str | None = str(source)
     else:
         pipe, known = source, origin(source)
-    teacher = _checked(_adapt(pipe, {"name": known or type(pipe).__name__} | info))
+    teacher = _refuse_half(_adapt(pipe, {"name": known or type(pipe).__name__} | info))
     teacher.source = known
     return teacher
 
@@ -225,7 +225,7 @@ def _load_pipe(folder: str) -> Any:
     return DiffusionPipeline.from_pretrained(folder)
 
 
-def _checked(teacher: Teacher) -> Teacher:
+def _refuse_half(teacher: Teacher) -> Teacher:
     kinds = {p.dtype for p in teacher.denoiser.parameters()}
     if half := kinds & {torch.float16, torch.bfloat16}:
         kind = str(half.pop()).removeprefix("torch.")

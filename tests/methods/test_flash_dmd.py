@@ -18,7 +18,14 @@ from diffdistill.parts.pull import copier, ema_pull
 from diffdistill.parts.reward import Reward, load_reward, rewards_of
 from diffdistill.schedules import EDM, TrigFlow, add_noise, bcast, times
 from diffdistill.teachers import load_teacher
-from diffdistill.testing import TinyConvNet, gaussian, run_method, student_samples, tiny_denoiser
+from diffdistill.testing import (
+    TinyConvNet,
+    gaussian,
+    run_method,
+    shifted,
+    student_samples,
+    tiny_denoiser,
+)
 
 SMALL = EDM(t_max=5.0)
 FOUR = flash_dmd.FlashDMD(flash_dmd.Config(), gaussian((0.0,), 1.0, SMALL)).sampler().times
@@ -690,21 +697,9 @@ def test_needs_and_roles_follow_the_options(monkeypatch, up):
     assert [flash_dmd.Config(student_steps=k, gan=0.0).high for k in (1, 2, 3, 4)] == [1, 1, 1, 2]
 
 
-class Shifted(nn.Module):
-    """Its estimate is its condition."""
-
-    def __init__(self):
-        super().__init__()
-        self.mean = nn.Parameter(torch.zeros(1))
-
-    def forward(self, z, t, shift):
-        return self.mean + shift + 0 * z
-
-
 def test_the_teacher_is_guided_and_the_fake_score_is_not():
-    null = {"shift": torch.zeros(1, 1)}
     engine = run_method(
-        "flash_dmd", Denoiser(Shifted(), SMALL, "x0", shape=(1,), null_cond=null), steps=1,
+        "flash_dmd", shifted(SMALL), steps=1,
         batch_size=4, cond={"shift": lambda i: torch.ones(len(i), 1)}, train=False, gan=0.0,
         guidance=3.0,
     )  # fmt: skip

@@ -19,7 +19,7 @@ from diffdistill.parts.interval import (
     sub_interval_target,
 )
 from diffdistill.schedules import DDPM, EDM, RectifiedFlow, TrigFlow, add_noise
-from diffdistill.testing import gaussian, run_method, student_samples
+from diffdistill.testing import gaussian, run_method, shifted, student_samples
 
 RF, SMALL = RectifiedFlow(), EDM(t_max=5.0)
 SD = DDPM((1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0))
@@ -414,22 +414,10 @@ def test_the_gradient_goes_to_the_clean_estimate_of_one_step(monkeypatch):
     assert method.student.net.mean.grad is not None and method.student_2.net.mean.grad is None
 
 
-class Shifted(torch.nn.Module):
-    """Its estimate is its condition."""
-
-    def __init__(self):
-        super().__init__()
-        self.mean = torch.nn.Parameter(torch.zeros(1))
-
-    def forward(self, z, t, shift):
-        return self.mean + shift + 0 * z
-
-
 @pytest.mark.parametrize("phase", [0, 1])
 def test_the_teacher_is_guided_and_the_fake_score_is_not(phase):
-    null = {"shift": torch.zeros(1, 1)}
     engine = run_method(
-        "phased_dmd", Denoiser(Shifted(), SMALL, "x0", shape=(1,), null_cond=null), steps=1,
+        "phased_dmd", shifted(SMALL), steps=1,
         batch_size=4, cond={"shift": lambda i: torch.ones(len(i), 1)}, train=False, guidance=3.0,
     )  # fmt: skip
     losses = engine.method.student_loss(engine._micro_batches(0)[0], phase)

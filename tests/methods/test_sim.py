@@ -4,12 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from diffdistill.denoiser import Denoiser
 from diffdistill.methods import sim
 from diffdistill.parts import matching
 from diffdistill.parts.matching import implicit_loss, score_identity, slope
 from diffdistill.schedules import EDM
-from diffdistill.testing import GaussianNet, gaussian, run_method, student_samples
+from diffdistill.testing import GaussianNet, gaussian, run_method, shifted, student_samples
 
 SMALL = EDM(t_max=5.0)
 SIGMA = 0.8
@@ -262,16 +261,7 @@ def test_default_width_and_normaliser(monkeypatch):
 
 
 def test_the_teacher_is_guided_and_the_fake_score_is_not():
-    class Shifted(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.mean = nn.Parameter(torch.zeros(1))
-
-        def forward(self, z, t, shift):
-            return self.mean + shift + 0 * z
-
-    null = {"shift": torch.zeros(1, 1)}
-    teacher = Denoiser(Shifted(), SMALL, "x0", shape=(1,), null_cond=null)
+    teacher = shifted(SMALL)
     one = {"shift": lambda i: torch.ones(len(i), 1)}
     engine = run_method(
         "sim", teacher, steps=1, batch_size=4, cond=one, train=False, guidance=3.0, distance="l2"
