@@ -59,11 +59,12 @@ class Config(MethodConfig):
             )
         if get_method(self.base) is DisBack:
             raise ValueError("method.base=disback cannot wrap itself. Name another method.")
-        if self.early_switch and self.base not in GAPS:
+        weight = self.options.get("matching", 1.0)
+        if self.early_switch and (self.base not in GAPS or weight != 1):
             raise ValueError(
                 f"method.early_switch={self.early_switch} reads the gap from the loss `matching`, "
-                f"which method.base={self.base} does not have as {', '.join(GAPS)} do. Set "
-                "method.early_switch=0 or one of these bases"
+                f"given base={self.base} with weight {weight}. Allowed: {', '.join(GAPS)} with "
+                "weight 1. Set method.early_switch=0 or one of these"
             )
         self.inner().validate()
 
