@@ -216,7 +216,7 @@ def _device() -> str:
 
 def evaluate(args: argparse.Namespace) -> None:
     names = metrics.named(args.metrics.split(",")) if args.metrics else None
-    from diffdistill.run import launched, set_threads
+    from diffdistill.launch import launched, set_threads
 
     accelerator = launched()
     if accelerator.num_processes > 1:

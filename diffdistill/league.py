@@ -222,8 +222,9 @@ def _check(path: Path, rules: League) -> None:
 
 def plan(name: str, config: str, rules: League, runs: Path) -> list[Job]:
     """Every run of the league, with the number of steps that the budget buys."""
+    from diffdistill.finish import further_samplers, sampling_info
+    from diffdistill.launch import launched
     from diffdistill.passes import Counter, dry_engine, of_pairs
-    from diffdistill.run import further_samplers, launched, sampling_info
     from diffdistill.teachers import load_teacher
 
     composed = [

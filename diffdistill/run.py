@@ -2,52 +2,37 @@
 
 from __future__ import annotations
 
-import atexit
-import ctypes
 import json
-import os
-import platform
-import resource
-import shlex
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import nn
 
 from diffdistill import identity, runtime
-from diffdistill.card import write_card
 from diffdistill.checkpoint import Checkpoints
 from diffdistill.config import RunConfig, fingerprint
-from diffdistill.data import fashion, prepare, shapes
-from diffdistill.data.images import to_uint8
+from diffdistill.data import prepare
 from diffdistill.denoiser import Denoiser, Runtime
-from diffdistill.engine import Engine, Every
+from diffdistill.engine import Engine
 from diffdistill.errors import writable
-from diffdistill.eval.records import evaluations, on_screen
-from diffdistill.method import Batch, Method, Needs, Sampler, TokenSampler
-from diffdistill.parts import autoregressive
+from diffdistill.eval.records import evaluations
+from diffdistill.finish import command, finish, further_samplers, judging
+from diffdistill.launch import launched, set_threads
+from diffdistill.method import Batch, Method, Needs
 from diffdistill.parts.lora import lora_copy
-from diffdistill.parts.rollout import sample
-from diffdistill.pipelines.loading import STOCK, bare
+from diffdistill.pipelines.loading import bare
+from diffdistill.previews import sample_grids
 from diffdistill.registry import get_method
 from diffdistill.teachers import Teacher, load_teacher
 from diffdistill.tokens import TokenModel
-from diffdistill.tracking import PICTURES, Tracker
-
-PREVIEWS = 24  # samples in a grid
-SHARDING = {  # what `accelerate launch` exports for it
-    "ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
-}  # fmt: skip
+from diffdistill.tracking import Tracker
 
 
 @dataclass(frozen=True)
@@ -107,7 +92,7 @@ def execute(
             print(f"execution: {how}, {torch.get_num_threads()} threads")
             print(late + unsound(engine, loaded) + unjudged(cfg, loaded, folder), end="")
         started = time.perf_counter()
-        calls = callbacks(cfg, engine, loaded, tracker)
+        calls = sample_grids(cfg, engine, loaded, tracker)
         if main and cfg.evaluate.every and loaded.info.get("protocol"):
             calls += (judging(cfg, loaded, folder, argv or sys.argv),)
         engine.fit(calls)
@@ -134,12 +119,6 @@ def execute(
     finally:
         if tracker is not None:
             tracker.close()
-
-
-def _report(folder: Path) -> None:
-    from diffdistill.eval.report import write_report
-
-    print(f"report: {write_report([folder])}")
 
 
 def build(
@@ -260,82 +239,6 @@ def chosen_runtime(
     return Runtime(**json.loads(file.read_text())["runtime"])
 
 
-# ---- pictures ---------------------------------------------------------------------------
-
-
-def preview_conditions(teacher: Teacher, stream: Any) -> tuple[list[Any], dict[str, Tensor]]:
-    """The same conditions in every grid: the protocol's first ones, else the data's first."""
-    world = teacher.info.get("world")
-    if world == "shapes" and teacher.conditions == "prompts":
-        conditions: list[Any] = [shapes.scene(i, "test").caption for i in range(PREVIEWS)]
-        return conditions, dict(teacher.encode(conditions))
-    if world == "fashion":
-        conditions = [i % len(fashion.CLASSES) for i in range(PREVIEWS)]
-        return conditions, dict(teacher.encode(conditions))
-    rows = torch.arange(PREVIEWS) % stream.size
-    return [None] * PREVIEWS, {k: fn(rows) for k, fn in stream.cond.items()}
-
-
-def callbacks(
-    cfg: RunConfig, engine: Engine, teacher: Teacher, tracker: Tracker | None
-) -> tuple[Every, ...]:
-    """Sample grids from fixed noise, teacher's first; on the main process only."""
-    shape = teacher.denoiser.shape
-    if tracker is None or (teacher.family != "tokens" and len(shape) != 3):
-        return ()
-    if teacher.family == "module" and shape[0] not in PICTURES:
-        print(f"no sample grids: samples of {shape[0]} channels are no pictures")
-        return ()
-    device = engine.acc.device
-    _, cond = preview_conditions(teacher, engine.stream)
-    cond = {k: v.to(device) for k, v in cond.items()}
-    rng, sampler = torch.Generator().manual_seed(0), engine.method.sampler()
-    noise = [
-        torch.randn(PREVIEWS, *teacher.denoiser.shape, generator=rng).to(device)
-        for _ in range(sampling_info(sampler)[0])
-    ]
-
-    def teacher_grid(engine: Engine) -> None:
-        if teacher.family == "tokens":
-            images = teacher.pipe(
-                cond["label"].tolist(), latents=noise[0], output_type="pt",
-                guidance_scale=float(teacher.info["guidance"]),
-            ).images  # fmt: skip
-            tracker.images(0, "teacher", to_uint8(2 * images - 1), 8)
-            return
-        steps, guidance = STOCK.get(teacher.family, (25, 1.0))
-        info = {"steps": steps, "guidance": guidance} | teacher.info
-        _, solve = prepare.pair_solver(teacher, float(info["guidance"]), int(info["steps"]))
-        tracker.images(0, "teacher", teacher.to_images(solve(noise[0], cond)), 8)
-
-    @torch.no_grad()
-    def student_grid(engine: Engine) -> None:
-        students, sampler = student_networks(engine), engine.method.sampler()
-        one = students if len(students) > 1 else students[0]
-        with averaged(engine):
-            if isinstance(sampler, TokenSampler):
-                x = autoregressive.generate(one, noise[0], cond, sampler)
-            else:
-                x = sample(one, students[0].schedule, noise, cond, sampler)
-        tracker.images(engine.step, "student", teacher.to_images(x), 8)
-
-    return (
-        Every(cfg.train.steps, lambda e: teacher_grid(e) if e.step == 0 else None),
-        Every(cfg.log.samples_every, student_grid),
-    )
-
-
-def judging(cfg: RunConfig, teacher: Teacher, folder: Path, argv: list[str]) -> Every:
-    """The metric-vs-images curve: export and judge every so many steps."""
-
-    def judge_now(engine: Engine) -> None:
-        if engine.step < cfg.train.steps:  # the last one is judged by `finish`
-            student = export(cfg, engine, teacher, folder, argv)
-            judge(student, folder, engine, cfg.evaluate.n)
-
-    return Every(cfg.evaluate.every, judge_now, at_start=False)
-
-
 def unreached(engine: Engine) -> str:
     """A line on stages that begin after the last step.
 
@@ -383,65 +286,6 @@ def unjudged(cfg: RunConfig, teacher: Teacher, folder: Path) -> str:
     return f"no evaluation: {unnamed(teacher.name, f'diffdistill evaluate {folder}/student')}\n"
 
 
-def student_networks(engine: Engine) -> list[Denoiser | TokenModel]:
-    """The networks that sample: one, or the experts of `Sampler.experts`."""
-    modules = [engine.roles[name].module for name in engine.method.students]
-    assert all(isinstance(m, Denoiser | TokenModel) for m in modules)
-    return modules  # type: ignore[return-value]
-
-
-class averaged:
-    """Inside, the students hold their EMA weights (the first average, if any), in eval mode."""
-
-    def __init__(self, engine: Engine):
-        self.roles = [engine.roles[n] for n in engine.method.students]
-
-    def __enter__(self) -> None:
-        for role in self.roles:
-            self._swap(role)
-            role.module.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for role in self.roles:
-            self._swap(role)
-        # the engine sets train and eval mode before every update
-
-    @staticmethod
-    def _swap(role: Any) -> None:
-        for ema in list(role.ema.values())[:1]:
-            ema.swap(role.module)
-
-
-# ---- the end of a run -------------------------------------------------------------------
-
-
-def finish(
-    cfg: RunConfig, engine: Engine, teacher: Teacher, folder: Path, argv: list[str]
-) -> dict[str, Any] | None:
-    """Export the student and judge it, with its own steps and with `evaluate.steps`.
-
-    Returns the evaluation with its own steps.
-    """
-    evaluation = None
-    for sampler in (None, *further_samplers(cfg, teacher)):
-        student = export(cfg, engine, teacher, folder, argv, sampler)
-        print(f"student: {student}")
-        if cfg.evaluate.at_end and teacher.info.get("protocol"):
-            made = judge(student, folder, engine, cfg.evaluate.n)
-            evaluation = evaluation or made
-    return evaluation
-
-
-def further_samplers(cfg: RunConfig, teacher: Teacher) -> list[Sampler | TokenSampler]:
-    """Those of `evaluate.steps`, but for the student's own number of steps."""
-    cls = get_method(cfg.method_name)
-    return [
-        cls(replace(cfg.method, student_steps=steps), teacher.denoiser).sampler()
-        for steps in sorted({*cfg.evaluate.steps})
-        if steps != cfg.method.student_steps  # type: ignore[attr-defined]
-    ]
-
-
 def _module(cfg: RunConfig, teacher: Teacher, folder: Path) -> nn.Module:
     """The student of a module teacher as it was saved; several experts: a ModuleList."""
     method = get_method(cfg.method_name)(cfg.method, teacher.denoiser)
@@ -453,182 +297,10 @@ def _module(cfg: RunConfig, teacher: Teacher, folder: Path) -> nn.Module:
     return students[0] if len(students) == 1 else nn.ModuleList(students)
 
 
-def export(
-    cfg: RunConfig,
-    engine: Engine,
-    teacher: Teacher,
-    folder: Path,
-    argv: list[str],
-    further: Sampler | TokenSampler | None = None,
-) -> Path:
-    """Write the student folder with its averaged weights: student/, or that of another sampler."""
-    sampler = further or engine.method.sampler()
-    info = student_info(cfg, engine, teacher, argv, sampler)
-    student = folder / (f"student_{info['steps']}step" if further else "student")
-    with averaged(engine):
-        nets = [d.net for d in student_networks(engine)]
-        if teacher.family == "module":
-            student.mkdir(exist_ok=True)
-            for name, net in zip(engine.method.students, nets, strict=True):
-                state = {k: v.detach().cpu().clone() for k, v in net.state_dict().items()}
-                save_file(state, student / f"{name}.safetensors")
-            (student / "diffdistill.json").write_text(json.dumps(info, indent=1))
-            write_card(student, info)
-            return student
-        from diffdistill.export import export_student, export_token_student
+def _report(folder: Path) -> None:
+    from diffdistill.eval.report import write_report
 
-        if teacher.family == "tokens":
-            return export_token_student(
-                student, teacher_pipe=teacher.pipe, net=nets[0], sampler=sampler, info=info,
-            )  # fmt: skip
-        export_student(
-            student, teacher_pipe=teacher.pipe, family=teacher.family,
-            weights=[net.backbone for net in nets], sampler=sampler, info=info,
-        )  # fmt: skip
-    return student
-
-
-def judge(student: Path, folder: Path, engine: Engine, n: int | None) -> dict[str, Any]:
-    """Evaluate a student folder under its protocol and add the numbers to its card."""
-    how = student.name.removeprefix("student")  # "", or that of a further sampler: "_4step"
-    out = folder / "eval" / f"step_{engine.step:06d}{how}.json"
-    from diffdistill.eval.evaluate import evaluate
-    from diffdistill.pipelines.loading import load_pipeline
-
-    generator = load_pipeline(student, device=str(engine.acc.device))
-    result = evaluate(generator, n=n, out=out)
-    info = json.loads((student / "diffdistill.json").read_text())
-    info["metrics"] = result["records"]
-    (student / "diffdistill.json").write_text(json.dumps(info, indent=1))
-    write_card(student, info)
-    print(f"{out.stem}:\n{on_screen(result['records'])}", flush=True)
-    return result
-
-
-def student_info(
-    cfg: RunConfig,
-    engine: Engine,
-    teacher: Teacher,
-    argv: list[str],
-    sampler: Sampler | TokenSampler,
-) -> dict[str, Any]:
-    """What the student's diffdistill.json says."""
-    steps, how = sampling_info(sampler)
-    own = {k: teacher.info.get(k) for k in ("world", "protocol", "licence")}
-    return own | {
-        "kind": "student",
-        "name": f"{Path(teacher.name).name}-{cfg.method_name}-{steps}step",
-        "family": teacher.family,
-        "steps": steps,
-        **how,
-        "guidance": 0,
-        "method": cfg.method_name,
-        "paper": type(engine.method).paper,
-        "teacher": teacher.name,
-        "base_model": teacher.name if teacher.source else None,
-        "teacher_weights": teacher.info.get("weights"),
-        "teacher_steps": teacher.info.get("steps"),
-        "teacher_guidance": getattr(cfg.method, "guidance", None),
-        "data": cfg.data.name or teacher.info.get("world"),
-        "command": command(teacher, argv),
-        "train": {
-            "steps": engine.step,
-            "batch_size": cfg.train.batch_size,
-            "images": engine.images,
-            "seconds": round(engine.seconds, 1),
-            "network_passes": engine.passes,
-            "skipped": {name: r.skipped for name, r in engine.roles.items() if r.skipped},
-            "peak_memory_gib": round(peak_memory_gib(), 2),
-            "processes": engine.acc.num_processes,
-            "device": device_name(engine.acc.device),
-        },
-        "metrics": [],
-    }
-
-
-def command(teacher: Teacher, argv: list[str]) -> str:
-    """What made a run; a teacher that no name loads was given to `distill`."""
-    words = [word for word in argv if "=" in word]
-    if teacher.source is not None:
-        return f"diffdistill train {shlex.join(words)}"
-    others = shlex.join(word for word in words if not word.startswith("teacher.name="))
-    return f"diffdistill.distill: teacher {others}"
-
-
-def sampling_info(sampler: Sampler | TokenSampler) -> tuple[int, dict[str, Any]]:
-    """Steps of a student, and what its diffdistill.json says about them."""
-    if isinstance(sampler, TokenSampler):
-        return len(sampler.starts), asdict(sampler) | {"starts": list(sampler.starts)}
-    how = {"times": list(sampler.times), "renoise": sampler.renoise}
-    experts = {"experts": list(sampler.experts)} if sampler.experts else {}
-    eta = {"eta": sampler.eta} if sampler.renoise in ("tcd", "ancestral") else {}
-    return len(sampler.times), how | experts | eta
-
-
-def peak_memory_gib() -> float:
-    """Peak of this process: device memory if there is a GPU, else resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
-def launched(cpu: bool = False) -> Accelerator:
-    """The processes of this launch.
-
-    Without cpu=True those of a machine without a GPU are strangers to each other under torchrun.
-    A process that ends while its group's threads run may abort, so the group is left at exit.
-    Mixed precision is `precision.dtype`, whatever the launcher was told: Accelerate would scale
-    losses in fp16, and the engine does not use its optimizers, which divide by that again.
-
-    Raises:
-        ValueError: the launch asks for sharded networks or for accumulated gradients. Accelerate
-            shards what it prepares, and the engine has it prepare nothing, so the request would
-            be lost without a word; and it would divide losses that the engine averages itself.
-    """
-    for flag, kind in SHARDING.items():
-        if os.environ.get(flag, "").lower() in ("1", "true"):
-            raise ValueError(
-                f"this launch asks for {kind} ({flag}), but networks are not sharded here: every "
-                "process holds all of them whole. Launch with `accelerate launch --multi_gpu` or "
-                "torchrun (a saved answer of `accelerate config` may say otherwise). For less "
-                "memory set lora.student and lora.fake_score, or a smaller train.micro_batch"
-            )
-    asked = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if asked != "1":
-        raise ValueError(
-            f"this launch asks for {asked} steps of accumulation (--gradient_accumulation_steps). "
-            "Leave that out: train.batch_size is the whole batch, train.micro_batch its parts"
-        )
-    cpu = cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    patient = InitProcessGroupKwargs(timeout=timedelta(days=1))  # while one process evaluates
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[patient])
-    if accelerator.num_processes > 1:
-        atexit.register(accelerator.state.destroy_process_group)
-    return accelerator
-
-
-def set_threads(threads: int, accelerator: Accelerator) -> None:
-    """Cores / local processes: `accelerate launch` exports OMP_NUM_THREADS=1 on a CPU.
-
-    glibc gives large freed blocks back to the kernel, and every step would pay for its pages
-    again: it is told to keep them.
-    """
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    torch.set_num_threads(threads or max(1, cores // local))
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    print(f"report: {write_report([folder])}")
 
 
 def _last_evaluation(folder: Path) -> dict[str, Any] | None:

@@ -22,9 +22,9 @@ from diffdistill.config import names
 from diffdistill.ema import EmaConfig
 from diffdistill.engine import Engine, Every, OptimConfig, Stream, TrainConfig
 from diffdistill.errors import guarded, writable
+from diffdistill.launch import launched, set_threads
 from diffdistill.method import Method
 from diffdistill.registry import unknown
-from diffdistill.run import launched, set_threads
 from diffdistill.teaching import worlds
 from diffdistill.tracking import Tracker
 

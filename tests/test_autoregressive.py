@@ -236,7 +236,7 @@ def test_execution_is_chosen_by_measuring():
     model = tiny_tokens("scales").model()
     batch = Batch(2, model.shape, {"label": torch.tensor([1, 2])})
     chosen, seconds = choose(model, batch, PrecisionConfig(channels_last="off"))
-    assert chosen.dtype in ("fp32", "bf16") and len(seconds) >= 3
+    assert chosen.dtype in ("fp32", "bf16") and len(seconds) >= 2
     assert model.passes == 0 and not any(p.grad is not None for p in model.parameters())
 
 

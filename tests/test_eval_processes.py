@@ -97,7 +97,7 @@ sys.path.insert(0, sys.argv[2])
 import stubs
 from diffdistill.eval.evaluate import evaluate
 from diffdistill.eval.folder import evaluate_folder
-from diffdistill.run import launched
+from diffdistill.launch import launched
 
 faulthandler.dump_traceback_later(60, exit=True)  # a hang says where, and leaves no process
 torch.set_num_threads(1)

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from diffdistill import config, run
 from diffdistill.denoiser import guided
+from diffdistill.finish import export
 from diffdistill.method import Sampler
 from diffdistill.methods import dmd, hyper_sd
 from diffdistill.parts import reward, segments, weights
@@ -412,7 +413,7 @@ def test_the_last_stage_is_dmd_from_the_student_of_a_run(tmp_path):
     cfg, first = start(tmp_path / "stages", "recipe=hyper_sd_shapes", *more)
     logs = [first.train_step() for _ in range(2)]
     assert all(0 < log["student/feedback"] < 1.9 for log in logs)  # 0.9 - cos
-    folder = run.export(cfg, first, teacher, tmp_path / "stages", [])
+    folder = export(cfg, first, teacher, tmp_path / "stages", [])
     _, last = start(tmp_path / "last", "recipe=hyper_sd_last_shapes", f"method.init={folder}")
     left = weights.read(str(folder))
     begun, own = last.method.student.net.state_dict(), teacher.denoiser.net.state_dict()
