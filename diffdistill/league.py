@@ -285,7 +285,8 @@ def settings(rules: League, entry: Entry, teacher: str) -> tuple[list[str], RunC
 
 
 def asked_of(cfg: RunConfig, budget: int) -> str:
-    """Hash of what is asked of an entry, whatever its seed: as `settings` composes it."""
+    """Hash of what is asked of an entry: as `settings` composes it, whatever its seed and steps."""
+    cfg = replace(cfg, train=replace(cfg.train, steps=1))  # the budget says how many
     key = json.dumps([fingerprint(cfg), cfg.evaluate.n, budget, *cfg.evaluate.steps])
     return hashlib.sha256(key.encode()).hexdigest()[:8]
 

@@ -691,3 +691,11 @@ def test_matplotlib_is_asked_for_before_anything_runs(monkeypatch, capsys):
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["league", "shapes-sd"]) == 2
     assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_asked_is_the_same_whatever_the_recipes_steps():
+    def asked(budget=10, *change):
+        return module.asked_of(config.compose(["recipe=quickstart", *change])[0], budget)
+
+    assert asked() == asked(10, "train.steps=7")
+    assert asked() not in (asked(9), asked(10, "train.batch_size=7"))
