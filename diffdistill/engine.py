@@ -163,6 +163,7 @@ class Engine:
         self.seconds = 0.0  # wall time of training steps, over restarts
         self.earlier_passes = 0
         self.preempted = False
+        self.latest: dict[str, float] = {}  # values of the last line of the log
         self._check_names(roles, optim)
         self.micro = self._micro_batch()
         self.roles = {n: self._role(n, roles[n], optim, ema) for n in roles}
@@ -449,6 +450,7 @@ class Engine:
             if role.skipped:
                 values[f"{name}/skipped"] = role.skipped
         values |= {"images": self.images, "images_per_s": rate * self.cfg.batch_size}
+        self.latest = values
         if self.tracker is not None:
             self.tracker.log(self.step, values | {"seconds": self.seconds})
 

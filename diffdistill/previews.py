@@ -16,6 +16,7 @@ from diffdistill.method import TokenSampler
 from diffdistill.parts import autoregressive
 from diffdistill.parts.rollout import sample
 from diffdistill.pipelines.loading import STOCK
+from diffdistill.signs import Signs
 from diffdistill.teachers import Teacher
 from diffdistill.tracking import PICTURES, Tracker
 
@@ -36,7 +37,7 @@ def preview_conditions(teacher: Teacher, stream: Any) -> tuple[list[Any], dict[s
 
 
 def sample_grids(
-    cfg: RunConfig, engine: Engine, teacher: Teacher, tracker: Tracker | None
+    cfg: RunConfig, engine: Engine, teacher: Teacher, tracker: Tracker | None, signs: Signs
 ) -> tuple[Every, ...]:
     """Sample grids from fixed noise, teacher's first; on the main process only."""
     shape = teacher.denoiser.shape
@@ -54,18 +55,22 @@ def sample_grids(
         for _ in range(sampling_info(sampler)[0])
     ]
 
+    shown: list[Tensor] = []  # the teacher's, where this process made it
+
     def teacher_grid(engine: Engine) -> None:
         if teacher.family == "tokens":
             images = teacher.pipe(
                 cond["label"].tolist(), latents=noise[0], output_type="pt",
                 guidance_scale=float(teacher.info["guidance"]),
             ).images  # fmt: skip
-            tracker.images(0, "teacher", to_uint8(2 * images - 1), 8)
+            shown.append(to_uint8(2 * images - 1))
+            tracker.images(0, "teacher", shown[0], 8)
             return
         steps, guidance = STOCK.get(teacher.family, (25, 1.0))
         info = {"steps": steps, "guidance": guidance} | teacher.info
         _, solve = prepare.pair_solver(teacher, float(info["guidance"]), int(info["steps"]))
-        tracker.images(0, "teacher", teacher.to_images(solve(noise[0], cond)), 8)
+        shown.append(teacher.to_images(solve(noise[0], cond)))
+        tracker.images(0, "teacher", shown[0], 8)
 
     @torch.no_grad()
     def student_grid(engine: Engine) -> None:
@@ -76,7 +81,10 @@ def sample_grids(
                 x = autoregressive.generate(one, noise[0], cond, sampler)
             else:
                 x = sample(one, students[0].schedule, noise, cond, sampler)
-        tracker.images(engine.step, "student", teacher.to_images(x), 8)
+        images = teacher.to_images(x)
+        tracker.images(engine.step, "student", images, 8)
+        if shown and engine.step:
+            signs.spread(images, shown[0])
 
     return (
         Every(cfg.train.steps, lambda e: teacher_grid(e) if e.step == 0 else None),

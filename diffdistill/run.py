@@ -15,12 +15,12 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
 
-from diffdistill import identity, runtime
+from diffdistill import identity, memory, runtime
 from diffdistill.checkpoint import Checkpoints
 from diffdistill.config import RunConfig, fingerprint
 from diffdistill.data import prepare
 from diffdistill.denoiser import Denoiser, Runtime
-from diffdistill.engine import Engine
+from diffdistill.engine import Engine, Every
 from diffdistill.errors import writable
 from diffdistill.eval.records import evaluations
 from diffdistill.finish import command, finish, further_samplers, judging
@@ -30,6 +30,7 @@ from diffdistill.parts.lora import lora_copy
 from diffdistill.pipelines.loading import bare
 from diffdistill.previews import sample_grids
 from diffdistill.registry import get_method
+from diffdistill.signs import Signs
 from diffdistill.teachers import Teacher, load_teacher
 from diffdistill.tokens import TokenModel
 from diffdistill.tracking import Tracker
@@ -83,6 +84,7 @@ def execute(
         identity.record(folder, cfg, provenance or {}, argv or sys.argv, loaded.key)
         (folder / "FAILED").unlink(missing_ok=True)
     tracker = Tracker(folder, wandb=cfg.log.wandb, config=asdict(cfg)) if main else None
+    engine = None
     try:
         engine = build(cfg, cls, needs, loaded, folder, accelerator, tracker)
         late = unreached(engine)
@@ -92,7 +94,10 @@ def execute(
             print(f"execution: {how}, {torch.get_num_threads()} threads")
             print(late + unsound(engine, loaded) + unjudged(cfg, loaded, folder), end="")
         started = time.perf_counter()
-        calls = sample_grids(cfg, engine, loaded, tracker)
+        signs = Signs()
+        calls = sample_grids(cfg, engine, loaded, tracker, signs)
+        if main:
+            calls += (Every(cfg.log.every, signs, at_start=False),)
         if main and cfg.evaluate.every and loaded.info.get("protocol"):
             calls += (judging(cfg, loaded, folder, argv or sys.argv),)
         engine.fit(calls)
@@ -111,11 +116,15 @@ def execute(
         module = _module(cfg, loaded, folder) if loaded.family == "module" else None
         return Result(folder, folder / "student", True, evaluation, module)
     except Exception as error:
+        if memory.exhausted(error):
+            if main and engine is not None:
+                print("\n".join(memory.networks(engine)))
+            error = ValueError(memory.advice(cfg, engine))
         if main:
             again = command(loaded, argv or sys.argv)
             note = f"{type(error).__name__}: {error}\nto reproduce: {again}\n"
             (folder / "FAILED").write_text(note)
-        raise
+        raise error
     finally:
         if tracker is not None:
             tracker.close()
